@@ -1,0 +1,133 @@
+"""Fusion: one unit vector from an item's text and image vectors, either of which may be missing."""
+
+# B items, T text dims, I image dims, D output dims, S tokens (summary, text, image)
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class FusionConfig(BaseModel):
+    """Shape of a fusion: `concat` (projected), `gated` sum or `cross_modal` transformer; defaults are ours."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["concat", "gated", "cross_modal"] = "concat"
+    text_dim: int = Field(gt=0)
+    image_dim: int = Field(gt=0)
+    dim: int = Field(default=128, gt=0)
+    hidden: int = Field(default=256, gt=0)  # width inside `cross_modal`
+    layers: int = Field(default=2, gt=0)
+    heads: int = Field(default=4, gt=0)
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+
+
+def build_fusion(config: FusionConfig) -> Fusion:
+    """The module that `config` names, freshly initialised."""
+    kinds: dict[str, type[Fusion]] = {
+        "concat": ConcatProjection,
+        "gated": GatedSum,
+        "cross_modal": CrossModal,
+    }
+    return kinds[config.kind](config)
+
+
+def concat_unit(text_BT: Tensor, image_BI: Tensor, has_text_B: Tensor, has_image_B: Tensor) -> Tensor:
+    """Fusion without weights: each modality normalised, a missing one zero, the pair of unit length.
+
+    The cosine of two such items is the mean of their text and image cosines; both halves weigh the same
+    whatever their widths.
+    """
+    text_BT = F.normalize(text_BT, dim=-1) * has_text_B[:, None]
+    image_BI = F.normalize(image_BI, dim=-1) * has_image_B[:, None]
+    return F.normalize(torch.cat([text_BT, image_BI], dim=-1), dim=-1)
+
+
+class Fusion(nn.Module):
+    """What the fusions share: unit inputs, and a learned placeholder where a modality is missing (ours)."""
+
+    def __init__(self, config: FusionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.no_text_T = nn.Parameter(torch.randn(config.text_dim) * config.text_dim**-0.5)
+        self.no_image_I = nn.Parameter(torch.randn(config.image_dim) * config.image_dim**-0.5)
+
+    def forward(self, text_BT: Tensor, image_BI: Tensor, has_text_B: Tensor, has_image_B: Tensor) -> Tensor:
+        """Unit x_BD; `has_*_B` are booleans, and the rows they exclude are never read (NaN there is fine)."""
+        text_BT = unit_or_placeholder(text_BT, has_text_B, self.no_text_T)
+        image_BI = unit_or_placeholder(image_BI, has_image_B, self.no_image_I)
+        return F.normalize(self.fuse(text_BT, image_BI), dim=-1)
+
+    def fuse(self, text_BT: Tensor, image_BI: Tensor) -> Tensor:
+        """x_BD before normalisation."""
+        raise NotImplementedError
+
+
+class ConcatProjection(Fusion):
+    """A linear map of the two vectors side by side."""
+
+    def __init__(self, config: FusionConfig) -> None:
+        super().__init__(config)
+        self.project = nn.Linear(config.text_dim + config.image_dim, config.dim)
+
+    def fuse(self, text_BT: Tensor, image_BI: Tensor) -> Tensor:
+        return self.project(torch.cat([text_BT, image_BI], dim=-1))
+
+
+class GatedSum(Fusion):
+    """g * text + (1 - g) * image in the output space, with a gate g in (0, 1) per dimension from both."""
+
+    def __init__(self, config: FusionConfig) -> None:
+        super().__init__(config)
+        self.project_text = nn.Linear(config.text_dim, config.dim)
+        self.project_image = nn.Linear(config.image_dim, config.dim)
+        self.gate = nn.Linear(config.text_dim + config.image_dim, config.dim)
+
+    def fuse(self, text_BT: Tensor, image_BI: Tensor) -> Tensor:
+        gate_BD = torch.sigmoid(self.gate(torch.cat([text_BT, image_BI], dim=-1)))
+        return gate_BD * self.project_text(text_BT) + (1 - gate_BD) * self.project_image(image_BI)
+
+
+class CrossModal(Fusion):
+    """A small pre-norm transformer over (summary, text, image); the summary token is the item."""
+
+    def __init__(self, config: FusionConfig) -> None:
+        super().__init__(config)
+        self.project_text = nn.Linear(config.text_dim, config.hidden)
+        self.project_image = nn.Linear(config.image_dim, config.hidden)
+        self.summary_H = nn.Parameter(torch.randn(config.hidden) * 0.02)
+        self.kind_SH = nn.Parameter(torch.randn(3, config.hidden) * 0.02)
+        layer = nn.TransformerEncoderLayer(
+            config.hidden,
+            config.heads,
+            4 * config.hidden,
+            config.dropout,
+            activation="gelu",
+            batch_first=True,
+            norm_first=True,
+        )
+        self.blocks = nn.TransformerEncoder(
+            layer, config.layers, norm=nn.LayerNorm(config.hidden), enable_nested_tensor=False
+        )
+        self.project = nn.Linear(config.hidden, config.dim)
+
+    def fuse(self, text_BT: Tensor, image_BI: Tensor) -> Tensor:
+        tokens = [
+            self.summary_H.expand(len(text_BT), -1),
+            self.project_text(text_BT),
+            self.project_image(image_BI),
+        ]
+        x_BSH = torch.stack(tokens, dim=1) + self.kind_SH
+        return self.project(self.blocks(x_BSH)[:, 0])
+
+
+def unit_or_placeholder(x_BD: Tensor, has_B: Tensor, placeholder_D: Tensor) -> Tensor:
+    """Unit rows of x where `has_B`, the placeholder elsewhere; no gradient reaches an absent row."""
+    # Zeroed before the norm as well: the gradient of NaN / NaN would pass through a single `where`.
+    x_BD = F.normalize(torch.where(has_B[:, None], x_BD, 0.0), dim=-1)
+    return torch.where(has_B[:, None], x_BD, placeholder_D.to(x_BD.dtype))
