@@ -51,7 +51,7 @@ def mean_interval(
     level: float = 0.95,
     seed: int = 0,
 ) -> Interval:
-    """User interval of the (weighted) mean of per-group values such as a request's recall; NaN values are left out."""
+    """User interval of the (weighted) mean of per-group values such as a request's recall, NaN left out."""
     present = ~np.isnan(values_n)
     values, users = values_n[present], np.asarray(users_n)[present]
     weights = np.ones(len(values)) if weights_n is None else np.asarray(weights_n, float)[present]

@@ -36,7 +36,7 @@ def row_log_loss(labels_n: np.ndarray, probs_n: np.ndarray) -> np.ndarray:
 
 
 def calibration(labels_n: np.ndarray, probs_n: np.ndarray) -> float:
-    """Predicted positives over observed ones: 1.0 is calibrated, above it predicts too much; NaN without positives."""
+    """Predicted positives over observed ones: above 1.0 it predicts too much; NaN without positives."""
     observed = float((np.asarray(labels_n) > 0).sum())
     return float(np.sum(probs_n, dtype=np.float64) / observed) if observed else float("nan")
 
@@ -55,7 +55,7 @@ def expected_calibration_error(labels_n: np.ndarray, probs_n: np.ndarray, *, bin
 
 
 def recover_downsampled(probs_n: np.ndarray, rate: float) -> np.ndarray:
-    """Undo negative down-sampling: `p = rate * q / ((1 - q) + rate * q)` for a model trained on `rate` of the negatives.
+    """Undo negative down-sampling to `rate`: `p = rate * q / ((1 - q) + rate * q)`.
 
     Golden: (0.5, 0.1) -> 0.0909091, (0.9, 0.2) -> 0.6428571.
     """

@@ -25,7 +25,7 @@ def auc(labels_n: np.ndarray, scores_n: np.ndarray, weights_n: np.ndarray | None
 
 
 class SortedScores:
-    """Rows sorted by score once, so that the AUC under many row weightings (a bootstrap) costs one pass each."""
+    """Rows sorted by score once, so that the AUC under many row weightings costs a pass each."""
 
     def __init__(self, labels_n: np.ndarray, scores_n: np.ndarray) -> None:
         self.order_n = np.argsort(scores_n, kind="stable")
@@ -86,7 +86,7 @@ def auc_per_group(
 
 
 def recall_at_k(labels_n: np.ndarray, scores_n: np.ndarray, groups_n: np.ndarray, k: int) -> float:
-    """Mean over requests of (positives in the top k) / positives; requests without a positive are left out."""
+    """Mean over requests that have positives of the share of them in the top k."""
     return mean_present(recall_per_group(labels_n, scores_n, groups_n, k))
 
 
@@ -96,7 +96,7 @@ def ndcg_at_k(labels_n: np.ndarray, scores_n: np.ndarray, groups_n: np.ndarray, 
 
 
 def recall_per_group(labels_n: np.ndarray, scores_n: np.ndarray, groups_n: np.ndarray, k: int) -> np.ndarray:
-    """Recall@k of every group in the order of `np.unique`; NaN without a positive. Ties share their places evenly."""
+    """Recall@k of every group in the order of `np.unique`; NaN without a positive. Ties share places."""
     place_weight = np.zeros(len(labels_n))
     place_weight[:k] = 1.0
     gain_G, positives_G = _expected_gain(labels_n, scores_n, groups_n, place_weight)
@@ -105,7 +105,7 @@ def recall_per_group(labels_n: np.ndarray, scores_n: np.ndarray, groups_n: np.nd
 
 
 def ndcg_per_group(labels_n: np.ndarray, scores_n: np.ndarray, groups_n: np.ndarray, k: int) -> np.ndarray:
-    """NDCG@k of every group in the order of `np.unique`; NaN without a positive. Ties share their places evenly."""
+    """NDCG@k of every group in the order of `np.unique`; NaN without a positive. Ties share places."""
     place_weight = np.zeros(len(labels_n))
     place_weight[:k] = 1.0 / np.log2(np.arange(min(k, len(labels_n))) + 2)
     gain_G, positives_G = _expected_gain(labels_n, scores_n, groups_n, place_weight)
