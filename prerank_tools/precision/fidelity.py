@@ -16,10 +16,12 @@ def cosines(x_ND: np.ndarray, y_ND: np.ndarray) -> np.ndarray:
     return np.where(both_zero_N, 1.0, dots_N / np.where(norms_N == 0, 1.0, norms_N))
 
 
-def neighbour_overlap(x_ND: np.ndarray, y_ND: np.ndarray, *, k: int = 10, queries: int = 1000, seed: int = 0) -> float:
-    """Mean share of the exact top-k cosine neighbours (itself left out) that stay when all rows are decoded ones.
+def neighbour_overlap(
+    x_ND: np.ndarray, y_ND: np.ndarray, *, k: int = 10, queries: int = 1000, seed: int = 0
+) -> float:
+    """Mean share of a row's exact top-k cosine neighbours that stay when every row is a decoded one.
 
-    Queries are sampled without replacement with `seed`; fewer than two rows give 1.0.
+    The row itself is left out. Queries are sampled with `seed`; fewer than two rows give 1.0.
     """
     if len(x_ND) < 2:
         return 1.0

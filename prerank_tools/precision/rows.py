@@ -85,7 +85,7 @@ def _symmetric_scale(x_ND: np.ndarray, largest: float) -> np.ndarray:
 
 
 def float_to_e4m3(x: np.ndarray) -> np.ndarray:
-    """Float32 -> e4m3fn codes (uint8): ties to even, saturating at 448, NaN kept (OCP FP8; it has no infinity)."""
+    """Float32 -> e4m3fn codes (uint8): ties to even, saturating at 448, NaN kept (there is no infinity)."""
     x = np.ascontiguousarray(x, dtype=np.float32)
     magnitude = np.fmin(np.abs(x), np.float32(E4M3_MAX))  # fmin: NaN must not reach an integer cast
     bits = magnitude.view(np.uint32)

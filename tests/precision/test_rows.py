@@ -25,7 +25,9 @@ def test_int8_ties_go_to_even() -> None:
 
 
 def test_e4m3_golden_codes() -> None:
-    values = np.array([0.0, -0.0, 1.0, -1.0, 448.0, 1e9, -1e9, 2.0**-6, 2.0**-9, 2.0**-10, 2.0**-11], np.float32)
+    values = np.array(
+        [0.0, -0.0, 1.0, -1.0, 448.0, 1e9, -1e9, 2.0**-6, 2.0**-9, 2.0**-10, 2.0**-11], np.float32
+    )
     expected = [0x00, 0x80, 0x38, 0xB8, 0x7E, 0x7E, 0xFE, 0x08, 0x01, 0x00, 0x00]
     assert rows.float_to_e4m3(values).tolist() == expected
 
@@ -90,7 +92,9 @@ def test_not_finite_is_refused(format: rows.RowFormat, bad: float) -> None:
         rows.encode(np.array([[1.0, bad]], np.float32), format=format)
 
 
-@pytest.mark.parametrize(("format", "mean", "low"), [("int8", 0.9999, 0.999), ("fp8", 0.9995, 0.999), ("uint4", 0.99, 0.98)])
+@pytest.mark.parametrize(
+    ("format", "mean", "low"), [("int8", 0.9999, 0.999), ("fp8", 0.9995, 0.999), ("uint4", 0.99, 0.98)]
+)
 def test_cosine_on_gaussian_rows(format: rows.RowFormat, mean: float, low: float) -> None:
     x_ND = np.random.default_rng(0).standard_normal((2000, 256)).astype(np.float32)
     cosine_N = cosines(x_ND, rows.decode(rows.encode(x_ND, format=format)))
