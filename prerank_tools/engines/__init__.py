@@ -1,0 +1,23 @@
+"""Engines decide where and when a shard is processed; they are handed shard references only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from prerank_tools.errors import UsageError
+from prerank_tools.stage import Shard
+
+ENGINES = ("local", "torchrun", "ray")
+Task = Callable[[Shard], dict[str, Any]]
+
+
+def map_shards(
+    task: Task, shards: Sequence[Shard], *, engine: str, workers: int, threads: int
+) -> Iterator[dict[str, Any]]:
+    """Commit records as shards finish, in any order. `task` reads, computes, writes and commits one shard."""
+    if engine == "local":
+        from prerank_tools.engines import local
+
+        return local.map_shards(task, shards, workers=workers, threads=threads)
+    raise UsageError(f"--engine {engine}: not an engine", f"one of {', '.join(ENGINES)}")

@@ -1,0 +1,51 @@
+"""The local engine: this process, or a pool of spawned ones."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+from prerank_tools.errors import RetryError
+from prerank_tools.stage import Shard
+
+PR_SET_PDEATHSIG = 1
+
+
+def map_shards(
+    task: Callable[[Shard], dict[str, Any]], shards: Sequence[Shard], *, workers: int, threads: int
+) -> Iterator[dict[str, Any]]:
+    """Run shards one after another, or in `workers` processes, largest first.
+
+    Raises RetryError where a worker process died (killed, out of memory); finished shards stay.
+    """
+    if workers <= 1 or len(shards) <= 1:
+        yield from map(task, shards)
+        return
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # inherited: read when a worker loads its libraries
+    pool = ProcessPoolExecutor(
+        min(workers, len(shards)), multiprocessing.get_context("spawn"), initializer=_begin_worker
+    )
+    try:
+        futures = [pool.submit(task, shard) for shard in sorted(shards, key=lambda s: (-s.rows, s.index))]
+        for future in as_completed(futures):
+            yield future.result()
+    except BrokenProcessPool as fault:
+        raise RetryError(
+            "a worker process died; the finished shards stay",
+            "out of memory? run the same line again with fewer --workers",
+        ) from fault
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _begin_worker() -> None:
+    """Die with the parent, whatever kills it, and leave Ctrl-C to it."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

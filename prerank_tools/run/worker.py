@@ -1,0 +1,100 @@
+"""What an engine runs for one shard: read, compute, write, commit."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from prerank_tools.errors import ContractError, PrerankError, RetryError
+from prerank_tools.run.commit import commit_file, commit_json
+from prerank_tools.run.threads import fix_threads
+from prerank_tools.stage import Context, Part, Shard, Stage
+from prerank_tools.tables.parquet import write_parquet
+from prerank_tools.tables.table import stamp
+
+# The context of this process: a model loaded for one shard serves the next.
+_contexts: dict[str, Context] = {}
+
+
+@dataclass(frozen=True)
+class Task:
+    """Everything a process needs for any shard of a job; engines carry it and a shard, nothing else."""
+
+    stage: Stage
+    context: Context
+    mapped: str  # folder of the mapped parts, relative to the work folder
+
+    def __call__(self, shard: Shard) -> dict[str, Any]:
+        """Process and commit one shard; returns its commit record."""
+        ctx = _contexts.setdefault(str(self.context.work), self.context)
+        fix_threads(ctx.threads)
+        started = time.perf_counter()
+        try:
+            part = self.stage.process(shard, ctx)
+        except (PrerankError, OSError, MemoryError):
+            raise
+        except pl.exceptions.PolarsError as fault:
+            raise ContractError(
+                f"{shard.path or self.stage.name}: cannot be read ({str(fault).splitlines()[0]})",
+                "is the file damaged? write it again",
+            ) from fault
+        check_unchanged(ctx)
+        files = write_part(part, self.stage, ctx.work, self.mapped, shard.index)
+        record = {
+            "index": shard.index,
+            "rows": 0 if part.frame is None else len(part.frame),
+            "files": files,
+            "counts": {**part.counts, "quarantined": 0 if part.quarantine is None else len(part.quarantine)},
+            "seconds": round(time.perf_counter() - started, 4),
+        }
+        commit_json(ctx.work / "shards" / f"{shard.index:05d}.json", record)
+        return record
+
+
+def write_part(part: Part, stage: Stage, work: Path, folder: str, index: int) -> list[dict[str, Any]]:
+    """Write one part's tables whole; returns path, rows, bytes and sha256 of each file."""
+    frames: dict[str, tuple[pl.DataFrame, str]] = {}
+    if part.frame is not None:
+        frames[folder] = (part.frame, stage.output)
+    for name, frame in part.tables.items():
+        frames[f"{name}/data"] = (frame, stage.tables.get(name, ""))
+    if part.quarantine is not None and len(part.quarantine):
+        frames["quarantine"] = (part.quarantine, "")
+    files = []
+    for place, (frame, contract) in frames.items():
+        path = Path(place) / f"part-{index:05d}.parquet"
+        written = commit_file(work / path, lambda to, f=frame, c=contract: _write(f, to, c, stage))  # type: ignore[misc]
+        files.append({"path": str(path), "rows": len(frame), **written})
+    return files
+
+
+def check_unchanged(ctx: Context) -> None:
+    """Refuse to commit rows of an input that was replaced since the job opened it."""
+    for role, table in ctx.inputs.items():
+        for seen in table.stamps:
+            try:
+                now = stamp(Path(seen[0]))
+            except FileNotFoundError:
+                now = ("", 0, 0)
+            if now != seen:
+                raise RetryError(
+                    f"{seen[0]}: {role} was replaced while this job read it", "run the same line again"
+                )
+
+
+def _write(frame: pl.DataFrame, path: Path, contract: str, stage: Stage) -> None:
+    write_parquet(frame, path, contract=contract, compression=stage.compression, metadata=stage.footer())
+
+
+def summed(records: Sequence[Mapping[str, Any]]) -> dict[str, int | float]:
+    """Counts added up over shards."""
+    total: dict[str, int | float] = {}
+    for record in records:
+        for name, number in record["counts"].items():
+            total[name] = total.get(name, 0) + number
+    return total

@@ -1,0 +1,174 @@
+"""What a stage is: the seam between a domain (`gsu/stage.py`, ...) and the machinery in `run/`.
+
+A domain subclasses `Stage`; `run.job` plans, maps, reduces and publishes it. Nothing here knows a
+domain word, and nothing here touches a disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
+
+from prerank_tools.errors import GateError
+
+if TYPE_CHECKING:
+    import polars as pl
+
+    from prerank_tools.tables.table import Folder, Table
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The unit of memory, commit, resume and parallelism: rows `offset .. offset + rows` of one input part.
+
+    `extra` holds what else names the work of this shard (a bucket number, say); JSON values only.
+    """
+
+    index: int
+    path: str = ""
+    offset: int = 0
+    rows: int = 0
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Part:
+    """What a shard becomes: its rows of the output, the rows refused with a reason, and counts to add up.
+
+    `frame` is None where a stage has no main table. `tables` are further named tables, published as
+    `<output>/<name>/data/part-*.parquet`, each with a manifest of its own.
+    `counts` are numbers summed over shards and written to the manifest's `counts`; `rows_in` is required
+    where rows can be quarantined or dropped.
+    """
+
+    frame: pl.DataFrame | None
+    quarantine: pl.DataFrame | None = None
+    counts: dict[str, int | float] = field(default_factory=dict)
+    tables: dict[str, pl.DataFrame] = field(default_factory=dict)
+
+
+def _silent(event: str, **fields: Any) -> None:
+    """The default log: a module function, since a context travels to other processes."""
+
+
+@dataclass
+class Context:
+    """What the run hands to a stage: where to work, with what, and where to say so.
+
+    `work` becomes the output folder when the job publishes, so an artefact written to `work / "codebook"`
+    is published as `<output>/codebook`. `scratch` is swept before publishing. `cache` lives as long as the
+    process: a model loaded in one shard is there for the next.
+    """
+
+    work: Path
+    threads: int = 2
+    device: str = "cpu"
+    log: Callable[..., None] = _silent
+    inputs: Mapping[str, Table | Folder] = field(default_factory=dict)
+    cache: dict[str, Any] = field(default_factory=dict)
+    gate: str = "fail"
+    gates: list[dict[str, Any]] = field(default_factory=list)
+
+    def table(self, role: str) -> Table:
+        """The table of that role; a KeyError is a bug of the stage, not of the user."""
+        return cast("Table", self.inputs[role])
+
+    def hold(self, name: str, *, passed: bool, message: str, hint: str) -> None:
+        """Record a quality gate; one that does not pass stops the job unless it runs with `--gate warn`."""
+        self.gates.append({"gate": name, "passed": passed, "message": message})
+        if passed:
+            return
+        if self.gate == "fail":
+            raise GateError(message, hint)
+        self.log("gate", name=name, message=message, hint=hint)
+
+    @property
+    def scratch(self) -> Path:
+        """Temporaries on the same filesystem as the output; swept when the job ends."""
+        path = self.work / "_tmp"
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+
+class Stage:
+    """One command's work. Subclasses are frozen dataclasses of paths and plain values (they are pickled).
+
+    Table stages implement `plan` and `process` (and `prepare`, `reduce` where a step is global); model and
+    file stages set `kind` and implement `build`.
+    """
+
+    name: ClassVar[str]  # "gsu.topk": command group and command
+    version: ClassVar[int] = 1  # raise it when the same inputs and parameters give another result
+    kind: ClassVar[str] = "table"  # "table", "model" or "files"
+    output: ClassVar[str] = ""  # name of the output table's contract
+    sort_key: ClassVar[tuple[str, ...]] = ()  # rows are sorted by it inside each part
+    compression: ClassVar[Literal["zstd", "uncompressed"]] = "zstd"  # "uncompressed" for embedding tables
+    tables: ClassVar[Mapping[str, str]] = {}  # name of a side table in `Part.tables` -> its contract, or ""
+
+    def inputs(self) -> Mapping[str, tuple[Path, str]]:
+        """Role -> (path, contract name); contract "" for a model folder or any other file."""
+        raise NotImplementedError
+
+    def params(self) -> Mapping[str, Any]:
+        """Every parameter that can change the result, as JSON values; engine, workers and paths are not."""
+        raise NotImplementedError
+
+    def check(self, ctx: Context) -> None:
+        """Refuse what cannot work before anything is written (mismatched fingerprints, widths, times)."""
+
+    def prepare(self, ctx: Context) -> None:
+        """Fit once, before the map, what `process` needs; write it under `ctx.work`."""
+
+    def plan(self, ctx: Context) -> Sequence[Shard]:
+        """Cut the work into shards. Called before `prepare`."""
+        raise NotImplementedError
+
+    def process(self, shard: Shard, ctx: Context) -> Part:
+        """Read, compute and return one shard; called in any process and any order."""
+        raise NotImplementedError
+
+    def reduce(self, parts: Sequence[Path], ctx: Context) -> Iterable[Part] | Iterator[Part] | None:
+        """Turn the mapped parts into the final ones, in order; None when the map is the result."""
+        return None
+
+    def build(self, ctx: Context) -> Mapping[str, Any]:
+        """Model and file stages: write everything under `ctx.work`, return the quality numbers."""
+        raise NotImplementedError
+
+    def footer(self) -> Mapping[str, Any]:
+        """What else the footer of each part says (a packed format's name, say)."""
+        return {}
+
+    @property
+    def folder_only(self) -> bool:
+        """Whether the output holds more than one table's rows, so that it cannot be a single file."""
+        return False
+
+    def quality(self, counts: Mapping[str, float], ctx: Context) -> Mapping[str, Any]:
+        """Quality numbers for the manifest, from the summed counts."""
+        return {}
+
+    def data_cutoff(self, ctx: Context) -> int | None:
+        """Latest event time (epoch seconds) that shaped the output; by default the maximum over the inputs.
+
+        A stage that reads a log strictly as of a request's own time leaves that log out.
+        """
+        cutoffs = [t.data_cutoff for t in ctx.inputs.values() if t.data_cutoff is not None]
+        return max(cutoffs, default=None)
+
+    def table_cutoff(self, name: str, ctx: Context, cutoff: int | None) -> int | None:
+        """`data_cutoff` of a side table where it differs from the whole's (the halves of a time split)."""
+        return cutoff
+
+    def estimate(self, ctx: Context, shards: Sequence[Shard]) -> Mapping[str, Any]:
+        """What `--dry-run` says beyond the number of shards: `bytes_out`, `memory_bytes`."""
+        return {}
+
+    def lineage(self, ctx: Context) -> Mapping[str, str]:
+        """Fingerprints of the spaces the output lives in: {"encoder": ..., "codebook": ...}."""
+        merged: dict[str, str] = {}
+        for table in ctx.inputs.values():
+            merged.update(table.lineage)
+        return merged

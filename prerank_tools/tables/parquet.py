@@ -1,0 +1,67 @@
+"""Write and describe Parquet files: the one place that writes them.
+
+Row groups are small enough that one of 768 floats stays near 50 MB, and every footer says which contract
+and version the rows follow.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import polars as pl
+
+from prerank_schemas import CONTRACTS
+
+ROW_GROUP = 16_384
+KEY = "prerank"
+Compression = Literal["zstd", "uncompressed"]
+
+
+def write_parquet(
+    frame: pl.DataFrame,
+    path: Path,
+    *,
+    contract: str = "",
+    compression: Compression = "zstd",
+    metadata: Mapping[str, Any] | None = None,
+) -> None:
+    """Write one frame to `path` as it is named (no rename, no fsync: `run.commit` does that)."""
+    frame.write_parquet(
+        path,
+        compression=compression,
+        row_group_size=ROW_GROUP,
+        metadata={KEY: json.dumps(footer(contract, metadata), sort_keys=True)},
+    )
+
+
+def concat_parquet(
+    parts: Sequence[Path],
+    path: Path,
+    *,
+    contract: str = "",
+    compression: Compression = "zstd",
+    metadata: Mapping[str, Any] | None = None,
+) -> None:
+    """Join parts, in order, into one file without holding them in memory."""
+    pl.scan_parquet(list(parts), glob=False).sink_parquet(
+        path,
+        compression=compression,
+        row_group_size=ROW_GROUP,
+        maintain_order=True,
+        metadata={KEY: json.dumps(footer(contract, metadata), sort_keys=True)},
+    )
+
+
+def footer(contract: str, metadata: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The footer entry: schema name and version, then whatever the caller adds."""
+    named = {"schema": contract, "version": CONTRACTS[contract].version} if contract else {}
+    return {**named, **(metadata or {})}
+
+
+def read_footer(path: Path) -> dict[str, Any]:
+    """The footer entry that `write_parquet` left, {} where there is none."""
+    text = pl.read_parquet_metadata(path).get(KEY)
+    return json.loads(text) if text else {}

@@ -1,0 +1,65 @@
+"""Vectors between Parquet columns and arrays, without a copy where polars allows it."""
+
+# N rows, D dims
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from prerank_tools.errors import ContractError
+
+
+def vectors_to_numpy(series: pl.Series) -> np.ndarray:
+    """The rows of an `Array(dtype, D)` column as x_ND of the same dtype.
+
+    Raises ContractError on a null row: flattening would drop it and shift every later vector onto the
+    wrong item.
+    """
+    if not isinstance(series.dtype, pl.Array):
+        raise ContractError(
+            f"column `{series.name}` is {series.dtype}, expected a fixed-size array", "cast it with pl.Array"
+        )
+    if series.null_count():
+        raise ContractError(
+            f"column `{series.name}` holds {series.null_count()} null vectors", "drop those rows first"
+        )
+    dims = series.dtype.size
+    flat = (
+        series.explode(empty_as_null=False, keep_nulls=False)
+        if len(series)
+        else pl.Series([], dtype=series.dtype.inner)
+    )
+    values = flat.to_numpy()
+    if len(values) != len(series) * dims:
+        raise ContractError(f"column `{series.name}` holds vectors of more than one width", "write one width")
+    return values.reshape(len(series), dims)
+
+
+def numpy_to_vectors(name: str, x_ND: np.ndarray) -> pl.Series:
+    """x_ND as a column `Array(dtype, D)`; float32, float16, int8, uint8 and uint16 keep their dtype."""
+    flat = pl.Series(name, np.ascontiguousarray(x_ND).reshape(-1))
+    return (
+        flat.reshape(x_ND.shape)
+        if len(x_ND)
+        else pl.Series(name, [], dtype=pl.Array(flat.dtype, x_ND.shape[1]))
+    )
+
+
+def faulty_vectors(series: pl.Series) -> pl.Series:
+    """Per row the reason why a vector cannot be used (null, not finite, zero), or null where it can."""
+    reasons: list[Any] = [None] * len(series)
+    null_N = series.is_null().to_numpy()
+    for row in np.flatnonzero(null_N):
+        reasons[row] = "vector is null"
+    if not null_N.all():
+        x_ND = vectors_to_numpy(series.filter(~series.is_null()))
+        rows_N = np.flatnonzero(~null_N)
+        # A sum of absolute values is zero for a zero row, not finite for a bad one: one pass over the rows.
+        mass_N = np.abs(x_ND.astype(np.float32, copy=False)).sum(1, dtype=np.float64)
+        for row in rows_N[~np.isfinite(mass_N)]:
+            reasons[row] = "vector holds NaN or infinity"
+        for row in rows_N[mass_N == 0]:
+            reasons[row] = "vector is all zeros"
+    return pl.Series("reason", reasons, dtype=pl.String)
