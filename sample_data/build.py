@@ -1,4 +1,4 @@
-"""Make the packaged tables from their sources: `python sample_data/build.py SOURCE_FOLDER [OUTPUT_FOLDER]`."""
+"""Make the packaged tables from their sources: `python sample_data/build.py SOURCE [OUTPUT]` (folders)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def retail_items(items: pl.DataFrame) -> pl.DataFrame:
 
 
 def retail_events(interactions: pl.DataFrame) -> pl.DataFrame:
-    """One purchase a row; `value` is quantity x unit price, and a basket is what a user bought in one minute."""
+    """One purchase a row; `value` is quantity x unit price, a basket what a user bought in one minute."""
     basket = pl.format("{}-{}", "user_id", "timestamp")
     return interactions.select(
         pl.col("user_id").cast(pl.Int64),

@@ -13,9 +13,9 @@ ROUNDS = 4
 
 @dataclass(frozen=True)
 class Pool:
-    """Item codes in the order in which they became known; a request draws from the prefix before its time.
+    """Item codes in the order they became known; a request draws from the prefix before its time.
 
-    With one entry an event the draw follows popularity as of the request, with one entry an item it is uniform.
+    One entry an event: the draw follows popularity as of the request. One entry an item: it is uniform.
     """
 
     item_n: np.ndarray
@@ -29,7 +29,7 @@ class Pool:
 def draw_negatives(
     pool: Pool, time_R: np.ndarray, *, keys_R: np.ndarray, positives: list[np.ndarray], count: int, seed: int
 ) -> list[np.ndarray]:
-    """`count` distinct item codes for each request, none of them among its positives; fewer when no more are known.
+    """`count` distinct item codes for each request, none of them a positive; fewer when no more are known.
 
     `keys_R` (uint64) names the request: its draws depend on it, on the seed and on the pool's prefix alone,
     so later events, other requests and the order of work change nothing.
@@ -59,15 +59,26 @@ def catalogue_pool(items: int) -> Pool:
     return Pool(np.arange(items), np.full(items, np.iinfo(np.int64).min))
 
 
-def seen_before(pool: Pool, item_n: np.ndarray, time_n: np.ndarray) -> np.ndarray:
-    """How often each item stands in the pool before its time: its popularity as of then, `int64 (n,)`."""
-    if not len(pool.item_n):
-        return np.zeros(len(item_n), dtype=np.int64)
-    start, span = int(pool.known_n[0]), int(pool.known_n[-1]) - int(pool.known_n[0]) + 2
-    key_n = np.sort(pool.item_n.astype(np.int64) * span + (pool.known_n - start))
-    offset_n = np.clip(time_n - start, 0, span - 1)
-    item_n = item_n.astype(np.int64) * span
-    return np.searchsorted(key_n, item_n + offset_n) - np.searchsorted(key_n, item_n)
+@dataclass(frozen=True)
+class Popularity:
+    """How often an item was in a log before a time: one sorted key (item, time) an event."""
+
+    key_n: np.ndarray
+    start: int
+    span: int
+
+    @classmethod
+    def of(cls, pool: Pool) -> Popularity:
+        """Index a pool with one entry an event."""
+        start = int(pool.known_n[0]) if len(pool.known_n) else 0
+        span = int(pool.known_n[-1]) - start + 2 if len(pool.known_n) else 1
+        return cls(np.sort(pool.item_n.astype(np.int64) * span + (pool.known_n - start)), start, span)
+
+    def before(self, item_n: np.ndarray, time_n: np.ndarray) -> np.ndarray:
+        """Events of each item before its time, `int64 (n,)`."""
+        first_n = np.asarray(item_n, dtype=np.int64) * self.span
+        offset_n = np.clip(time_n - self.start, 0, self.span - 1)
+        return np.searchsorted(self.key_n, first_n + offset_n) - np.searchsorted(self.key_n, first_n)
 
 
 def shuffled(codes: np.ndarray, *, key: int, seed: int) -> np.ndarray:

@@ -31,6 +31,22 @@ def commit_file(path: Path, write: Callable[[Path], object]) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
+def commit_link(path: Path, source: Path) -> None:
+    """Let `path` be another name of a published file; a copy where the filesystem cannot link."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+    except OSError as fault:
+        if fault.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
+            raise
+        shutil.copyfile(source, temporary)
+        flush(temporary)
+    os.replace(temporary, path)
+    flush(path.parent)
+
+
 def commit_json(path: Path, record: Mapping[str, Any]) -> None:
     """Write a JSON file whole."""
     text = json.dumps(record, indent=2, sort_keys=True, ensure_ascii=False, default=str) + "\n"

@@ -11,13 +11,13 @@ from typing import Any
 import polars as pl
 
 from prerank_tools.errors import ContractError, PrerankError, RetryError
-from prerank_tools.run.commit import commit_file, commit_json
+from prerank_tools.run.commit import commit_file, commit_json, commit_link
 from prerank_tools.run.threads import fix_threads
 from prerank_tools.stage import Context, Part, Shard, Stage
 from prerank_tools.tables.parquet import write_parquet
 from prerank_tools.tables.table import stamp
 
-# The context of this process: a model loaded for one shard serves the next.
+# The contexts of this process, by run: a model loaded for one shard serves the next.
 _contexts: dict[str, Context] = {}
 
 
@@ -28,10 +28,11 @@ class Task:
     stage: Stage
     context: Context
     mapped: str  # folder of the mapped parts, relative to the work folder
+    run: str  # names this run: a process keeps one context a run
 
     def __call__(self, shard: Shard) -> dict[str, Any]:
         """Process and commit one shard; returns its commit record."""
-        ctx = _contexts.setdefault(str(self.context.work), self.context)
+        ctx = _contexts.setdefault(self.run, self.context)
         fix_threads(ctx.threads)
         started = time.perf_counter()
         try:
@@ -66,6 +67,10 @@ def write_part(part: Part, stage: Stage, work: Path, folder: str, index: int) ->
     if part.quarantine is not None and len(part.quarantine):
         frames["quarantine"] = (part.quarantine, "")
     files = []
+    if part.linked is not None:
+        path = Path(folder) / f"part-{index:05d}.parquet"
+        commit_link(work / path, Path(part.linked["path"]))
+        files.append({**part.linked, "path": str(path)})
     for place, (frame, contract) in frames.items():
         path = Path(place) / f"part-{index:05d}.parquet"
         written = commit_file(work / path, lambda to, f=frame, c=contract: _write(f, to, c, stage))  # type: ignore[misc]

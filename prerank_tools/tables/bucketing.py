@@ -91,7 +91,7 @@ class Bucketed:
 
 
 def bucketed(table: Table, *, by: str = "user_id", buckets: int | None = None) -> Bucketed:
-    """Read `table` by buckets of `by`: its own, or `buckets` of them (a number chosen by its rows where None).
+    """Read `table` by buckets of `by`: its own, or `buckets` of them (None: a number by its rows).
 
     Raises ContractError, with the line to type, where a large table does not lie in those buckets.
     """
@@ -108,8 +108,8 @@ def bucketed(table: Table, *, by: str = "user_id", buckets: int | None = None) -
 
 
 def layout(table: Table) -> tuple[str, int] | None:
-    """(column, buckets) that the table's files are laid out by, as its manifest says; None for any other table."""
-    found = (table.manifest or {}).get("params", {}).get("layout")
+    """(column, buckets) that the table's files are laid out by, as its manifest says; None without one."""
+    found = (table.manifest or {}).get("quality", {}).get("layout")
     return (str(found["by"]), int(found["buckets"])) if found else None
 
 

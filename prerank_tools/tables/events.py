@@ -68,7 +68,7 @@ class EventLog:
 
 
 def open_events(table: Table, *, buckets: int | None = None) -> EventLog:
-    """The log in its own buckets, or a small one in `buckets` made while reading; refuses a large one with a hint."""
+    """The log in its own buckets, or a small one in `buckets` made while reading; a large one is refused."""
     return EventLog(bucketed(table, by="user_id", buckets=buckets))
 
 
@@ -78,7 +78,7 @@ def bucket_requests(table: Table, buckets: int) -> Bucketed:
 
 
 def as_of(events: pl.DataFrame, time: int, *, lag: int = 0) -> pl.DataFrame:
-    """The events that were known at `time`: `timestamp < time`, and `ingested_at < time - lag` where it exists."""
+    """What was known at `time`: `timestamp < time` and, where it exists, `ingested_at < time - lag`."""
     return events.filter(known_at(events, lag=lag) < time)
 
 

@@ -1,0 +1,305 @@
+"""Requests from a log: what a user bought at a time, among candidates that were not bought."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import polars as pl
+from pydantic import BaseModel, ConfigDict, Field
+
+from prerank_tools.data.baskets import earliest, latest
+from prerank_tools.data.negatives import (
+    Pool,
+    Popularity,
+    catalogue_pool,
+    draw_negatives,
+    popularity_pool,
+    shuffled,
+    uniform_pool,
+)
+from prerank_tools.data.stage import basket_codes, events_and_faults, show, time_span
+from prerank_tools.errors import ContractError, UsageError
+from prerank_tools.metrics.ranking import auc_per_group
+from prerank_tools.stage import Context, Part, Shard, Stage
+from prerank_tools.tables.bucketing import hash_ids
+from prerank_tools.tables.events import known_at, open_events
+
+Negatives = Literal["popularity", "uniform"]
+KINDS: tuple[Negatives, ...] = ("popularity", "uniform")
+
+
+class RequestKnobs(BaseModel):
+    """How many negatives a request gets, and which ones."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    negatives_per_request: int = Field(50, ge=1)
+    seed: int = 0
+    lag: int = Field(0, ge=0)  # seconds between an event's arrival and its use
+
+
+DEFAULTS = RequestKnobs()
+
+
+@dataclass(frozen=True)
+class Requests(Stage):
+    """One request a basket: its user, its time, the items bought and negatives, in a drawn order.
+
+    The main table has the negatives that were asked for, the side table the other kind: popularity negatives
+    follow the log before the request, uniform ones take each item alike. With a catalogue the candidates are
+    its items, without one the items seen before the request. An item of the basket is never a negative.
+    """
+
+    events: Path
+    items: Path | None = None
+    start: int | None = None
+    until: int | None = None
+    negatives: Negatives = "popularity"
+    action: str = "purchase"
+    knobs: RequestKnobs = DEFAULTS
+
+    name: ClassVar[str] = "data.requests"
+    output: ClassVar[str] = "requests"
+
+    @property
+    def tables(self) -> Mapping[str, str]:  # type: ignore[override]
+        """The other kind of negatives."""
+        return {kind: "requests" for kind in KINDS if kind != self.negatives}
+
+    def inputs(self) -> Mapping[str, tuple[Path, str]]:
+        """The whole log, and the catalogue where there is one."""
+        items = {"items": (self.items, "items")} if self.items else {}
+        return {"events": (self.events, "events"), **items}
+
+    def params(self) -> Mapping[str, Any]:
+        """Period, negatives, label and knobs."""
+        return {
+            "from": self.start,
+            "until": self.until,
+            "negatives": self.negatives,
+            "action": self.action,
+            **self.knobs.model_dump(),
+        }
+
+    def check(self, ctx: Context) -> None:
+        """Refuse a period without events and an action that the log does not know."""
+        first, last = time_span(ctx.table("events"))
+        if (self.start or first) > last or (self.until or last + 1) <= first:
+            raise UsageError(
+                f"{self.events}: no events from {self.start} until {self.until}",
+                f"its events lie from {show(first)} to {show(last)}",
+            )
+        if "action" in ctx.table("events").schema:
+            actions = ctx.table("events").scan(["action"]).unique().collect()["action"].drop_nulls()
+            if self.action not in actions:
+                raise ContractError(
+                    f"{self.events}: no event has the action `{self.action}`",
+                    f"--action takes one of {', '.join(actions.sort())}",
+                )
+
+    def prepare(self, ctx: Context) -> None:
+        """Lay down what was known when: item ids, and a pool for each kind of negatives."""
+        log = ctx.table("events")
+        late = [name for name in ("ingested_at", "action") if name in log.schema]
+        events = log.scan(["item_id", "timestamp", *late]).drop_nulls(["item_id", "timestamp"])
+        bought = _of_action(events.collect(), self.action)
+        ids = bought["item_id"].unique()
+        if self.items:
+            ids = ctx.table("items").read(["item_id"])["item_id"].drop_nulls().unique()
+            _same_ids(ids, bought["item_id"], self.items, self.events)
+        ids = ids.sort()
+        code_n = encode(bought["item_id"], ids)
+        known_n = known_at(bought, lag=self.knobs.lag).to_numpy()
+        pool = popularity_pool(code_n[code_n >= 0], known_n[code_n >= 0])
+        folder = ctx.scratch / "pools"
+        folder.mkdir(exist_ok=True)
+        ids.to_frame("item_id").write_ipc(folder / "items.arrow")
+        _save_pool(pool, folder, "popularity")
+        _save_pool(catalogue_pool(len(ids)) if self.items else uniform_pool(pool), folder, "uniform")
+
+    def plan(self, ctx: Context) -> Sequence[Shard]:
+        """One shard a bucket of users."""
+        return open_events(ctx.table("events")).shards()
+
+    def process(self, shard: Shard, ctx: Context) -> Part:
+        """The requests of one bucket, with both kinds of negatives."""
+        events, bad = events_and_faults(open_events(ctx.table("events")), shard.extra["bucket"])
+        if "known" not in ctx.cache:
+            ctx.cache["known"] = _load(ctx)
+        known: Known = ctx.cache["known"]
+        requests, counts = self._baskets(_of_action(events, self.action), known)
+        counts["rows_in"] = len(events) + len(bad)
+        made = {kind: self._with_candidates(requests, known, kind) for kind in KINDS}
+        for kind in KINDS:
+            counts |= _popularity_auc(made[kind], known, kind)
+            counts[f"negatives_{kind}"] = sum(int((labels == 0).sum()) for labels in made[kind].labels)
+        frames = {kind: _frame(made[kind], known, self.action) for kind in KINDS}
+        main = frames.pop(self.negatives)
+        return Part(main, quarantine=bad, counts=counts, tables=dict(frames))
+
+    def quality(self, counts: Mapping[str, float], ctx: Context) -> Mapping[str, Any]:
+        """Popularity's own AUC inside a request, for each kind: what any model must be seen beside."""
+        if not counts["requests"]:
+            raise ContractError(
+                f"{self.events}: no basket in the period has an item that was a candidate",
+                "choose an earlier --from, or give the catalogue with --items",
+            )
+        log = open_events(ctx.table("events"))
+        auc = {kind: counts[f"auc_sum_{kind}"] / max(counts[f"auc_rows_{kind}"], 1) for kind in KINDS}
+        return {"popularity_auc": auc, "layout": {"by": "user_id", "buckets": log.buckets}}
+
+    def data_cutoff(self, ctx: Context) -> int | None:
+        """The latest event of the period: later ones shape no request."""
+        times = ctx.table("events").scan(["timestamp"])
+        if self.until is not None:
+            times = times.filter(pl.col("timestamp") < self.until)
+        return int(times.max().collect().item())
+
+    def _baskets(self, events: pl.DataFrame, known: Known) -> tuple[pl.DataFrame, dict[str, int | float]]:
+        """One row a basket that lies whole in the period: user, time, codes of its known items."""
+        basket_n, time_n = basket_codes(events), events["timestamp"].to_numpy()
+        first_B, last_B = earliest(basket_n, time_n), latest(basket_n, time_n)
+        inside_B = np.ones(len(first_B), dtype=bool)
+        if self.start is not None:
+            inside_B &= first_B >= self.start
+        if self.until is not None:
+            inside_B &= last_B < self.until
+        lines = events.select(
+            "user_id",
+            time=pl.Series(first_B[basket_n]),
+            basket=pl.Series(basket_n),
+            code=pl.Series(encode(events["item_id"], known.ids)),
+        ).filter(pl.Series(inside_B[basket_n]))
+        code_n, time_n = lines["code"].to_numpy(), lines["time"].to_numpy()
+        was_known = (code_n >= 0) & (known.uniform_from[code_n] < time_n)
+        requests = (
+            lines.filter(pl.Series(was_known))
+            .group_by("user_id", "time", "basket")
+            .agg(pl.col("code").unique().sort())
+            .sort("user_id", "time", "basket")
+        )
+        counts: dict[str, int | float] = {
+            "requests": len(requests),
+            "baskets_skipped": int(inside_B.sum()) - len(requests),
+            "bought_unknown": int((~was_known).sum()),
+        }
+        return requests.with_columns(request_id=_request_ids(requests)), counts
+
+    def _with_candidates(self, requests: pl.DataFrame, known: Known, kind: Negatives) -> Candidates:
+        time_R, positives = requests["time"].to_numpy(), [codes.to_numpy() for codes in requests["code"]]
+        keys_R, knobs = hash_ids(requests["request_id"]), self.knobs
+        drawn = draw_negatives(
+            known.pools[kind],
+            time_R,
+            keys_R=keys_R,
+            positives=positives,
+            count=knobs.negatives_per_request,
+            seed=knobs.seed,
+        )
+        codes, labels = [], []
+        for key, bought, negatives in zip(keys_R, positives, drawn, strict=True):
+            both = np.r_[bought, negatives]
+            order = shuffled(both, key=int(key), seed=knobs.seed)
+            codes.append(both[order])
+            labels.append((order < len(bought)).astype(np.int8))
+        return Candidates(requests, codes, labels)
+
+
+@dataclass(frozen=True)
+class Known:
+    """What `prepare` laid down: item ids in order, the pools, and from when each item is a candidate."""
+
+    ids: pl.Series
+    pools: Mapping[str, Pool]
+    popularity: Popularity
+    uniform_from: np.ndarray  # int64 (I,)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Requests with their candidates, as codes, and the labels."""
+
+    requests: pl.DataFrame
+    codes: list[np.ndarray]
+    labels: list[np.ndarray]
+
+
+def encode(ids: pl.Series, known: pl.Series) -> np.ndarray:
+    """Place of every id in the sorted, distinct ids `known`, -1 where it is not there; `int64 (n,)`."""
+    table = pl.DataFrame({"id": known}).with_row_index("code")
+    joined = ids.to_frame("id").join(table, on="id", how="left", maintain_order="left")
+    return joined["code"].cast(pl.Int64).fill_null(-1).to_numpy()
+
+
+def _of_action(events: pl.DataFrame, action: str) -> pl.DataFrame:
+    return events.filter(pl.col("action") == action) if "action" in events.columns else events
+
+
+def _same_ids(one: pl.Series, other: pl.Series, items: Path, events: Path) -> None:
+    if one.dtype != other.dtype:
+        raise ContractError(
+            f"{items}: item_id is {one.dtype}, in {events} it is {other.dtype}", "write both with one type"
+        )
+
+
+def _request_ids(requests: pl.DataFrame) -> pl.Series:
+    """`user-time`, and `user-time-2` for a second basket of that user at that time."""
+    place = pl.int_range(pl.len()).over("user_id", "time") + 1
+    name = pl.format("{}-{}", "user_id", "time")
+    more = pl.format("{}-{}", name, place)
+    return requests.select(request_id=pl.when(place == 1).then(name).otherwise(more))["request_id"]
+
+
+def _frame(made: Candidates, known: Known, action: str) -> pl.DataFrame:
+    size_R = np.array([len(codes) for codes in made.codes], dtype=np.int64)
+    flat = pl.DataFrame(
+        {
+            "row": np.repeat(np.arange(len(size_R)), size_R),
+            "candidates": known.ids.gather(_flat(made.codes, np.int64)),
+            f"label_{action}": _flat(made.labels, np.int8),
+        }
+    )
+    lists = flat.group_by("row", maintain_order=True).agg("candidates", f"label_{action}")
+    named = made.requests.select("request_id", "user_id", timestamp="time")
+    return pl.concat([named, lists.drop("row")], how="horizontal")
+
+
+def _flat(arrays: list[np.ndarray], dtype: type) -> np.ndarray:
+    return np.concatenate([np.empty(0, dtype), *arrays]).astype(dtype)
+
+
+def _popularity_auc(made: Candidates, known: Known, kind: str) -> dict[str, int | float]:
+    """Sums for the mean over requests, weighted by candidates, of the AUC that popularity reaches (GAUC)."""
+    if not made.codes:
+        return {f"auc_sum_{kind}": 0.0, f"auc_rows_{kind}": 0}
+    size_R = np.array([len(codes) for codes in made.codes])
+    time_n = np.repeat(made.requests["time"].to_numpy(), size_R)
+    score_n = known.popularity.before(np.concatenate(made.codes), time_n)
+    group_n = np.repeat(np.arange(len(size_R)), size_R)
+    auc_R, rows_R = auc_per_group(np.concatenate(made.labels), score_n, group_n)
+    usable = ~np.isnan(auc_R)
+    return {
+        f"auc_sum_{kind}": float(auc_R[usable] @ rows_R[usable]),
+        f"auc_rows_{kind}": int(rows_R[usable].sum()),
+    }
+
+
+def _save_pool(pool: Pool, folder: Path, kind: str) -> None:
+    np.save(folder / f"{kind}-items.npy", pool.item_n)
+    np.save(folder / f"{kind}-known.npy", pool.known_n)
+
+
+def _load(ctx: Context) -> Known:
+    folder = ctx.scratch / "pools"
+    ids = pl.read_ipc(folder / "items.arrow")["item_id"]
+    pools = {
+        kind: Pool(*(np.load(folder / f"{kind}-{name}.npy", mmap_mode="r") for name in ("items", "known")))
+        for kind in KINDS
+    }
+    uniform_from = np.full(len(ids) + 1, np.iinfo(np.int64).max)  # the last place stands for an unknown item
+    uniform_from[pools["uniform"].item_n] = pools["uniform"].known_n
+    return Known(ids, pools, Popularity.of(pools["popularity"]), uniform_from)
