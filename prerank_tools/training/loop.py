@@ -39,19 +39,19 @@ class TrainConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    epochs: int = Field(1, ge=1)
-    batch_size: int = Field(256, ge=1)  # rows of all processes together
-    lr: float = Field(1e-3, gt=0)
-    weight_decay: float = Field(0.01, ge=0)
-    warmup_steps: int = Field(0, ge=0)
+    epochs: int = Field(default=1, ge=1)
+    batch_size: int = Field(default=256, ge=1)  # rows of all processes together
+    lr: float = Field(default=1e-3, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    warmup_steps: int = Field(default=0, ge=0)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    clip_norm: float = Field(1.0, ge=0)  # 0: no clipping
+    clip_norm: float = Field(default=1.0, ge=0)  # 0: no clipping
     precision: Literal["no", "bf16", "fp16"] = "no"
     seed: int = 42
     patience: int = Field(
         0, ge=0
     )  # epochs without improvement before stopping; 0: never, and no best weights
-    checkpoint_every: int = Field(0, ge=0)  # steps; 0: at the end of each epoch only
+    checkpoint_every: int = Field(default=0, ge=0)  # steps; 0: at the end of each epoch only
     tensorboard: bool = False
 
 
