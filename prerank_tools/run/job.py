@@ -219,7 +219,7 @@ def _map(stage: Stage, ctx: Context, options: RunOptions, shards: Sequence[Shard
     options.progress(len(records), len(shards), {})
     left = [shard for shard in shards if shard.index not in records]
     context = replace(ctx, log=_no_log, cache={}) if _workers(options) > 1 and len(left) > 1 else ctx
-    task = Task(stage, context, mapped)
+    task = Task(stage, context, mapped, uuid4().hex)
     for record in map_shards(
         task, left, engine=options.engine, workers=_workers(options), threads=options.threads
     ):

@@ -7,7 +7,10 @@ and version the rows follow.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,12 +32,13 @@ def write_parquet(
     metadata: Mapping[str, Any] | None = None,
 ) -> None:
     """Write one frame to `path` as it is named (no rename, no fsync: `run.commit` does that)."""
-    frame.write_parquet(
-        path,
-        compression=compression,
-        row_group_size=ROW_GROUP,
-        metadata={KEY: json.dumps(footer(contract, metadata), sort_keys=True)},
-    )
+    with disk_faults(path):
+        frame.write_parquet(
+            path,
+            compression=compression,
+            row_group_size=ROW_GROUP,
+            metadata={KEY: json.dumps(footer(contract, metadata), sort_keys=True)},
+        )
 
 
 def concat_parquet(
@@ -46,13 +50,27 @@ def concat_parquet(
     metadata: Mapping[str, Any] | None = None,
 ) -> None:
     """Join parts, in order, into one file without holding them in memory."""
-    pl.scan_parquet(list(parts), glob=False).sink_parquet(
-        path,
-        compression=compression,
-        row_group_size=ROW_GROUP,
-        maintain_order=True,
-        metadata={KEY: json.dumps(footer(contract, metadata), sort_keys=True)},
-    )
+    with disk_faults(path):
+        pl.scan_parquet(list(parts), glob=False).sink_parquet(
+            path,
+            compression=compression,
+            row_group_size=ROW_GROUP,
+            maintain_order=True,
+            metadata={KEY: json.dumps(footer(contract, metadata), sort_keys=True)},
+        )
+
+
+@contextmanager
+def disk_faults(path: Path) -> Iterator[None]:
+    """Turn polars' wording of a full or failing disk back into the OSError that it was."""
+    try:
+        yield
+    except (pl.exceptions.PolarsError, OSError) as fault:
+        told = re.search(r"os error (\d+)", str(fault))
+        if told is None:
+            raise
+        code = int(told.group(1))
+        raise OSError(code, os.strerror(code), str(path)) from fault
 
 
 def footer(contract: str, metadata: Mapping[str, Any] | None) -> dict[str, Any]:

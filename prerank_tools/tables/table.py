@@ -194,7 +194,8 @@ def check_key(table: Table, rules: Contract) -> None:
     if not key or len(key) < len(rules.key):
         return
     keys = table.scan(key).collect()
-    repeated = keys.is_duplicated()
+    # A null in the key is a fault of its row, met later; two of them are not a repeated key.
+    repeated = keys.is_duplicated() & ~keys.select(pl.any_horizontal(pl.all().is_null())).to_series()
     if repeated.any():
         row = int(repeated.arg_true()[0])
         value = ", ".join(f"{name} {keys[name][row]!r}" for name in key)
