@@ -25,21 +25,21 @@ class LlatteConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    layers: int = Field(2, ge=1)
-    width: int = Field(64, ge=16, multiple_of=8)
-    heads: int = Field(2, ge=1)
-    head_width: int = Field(16, ge=1)
-    query_rank: int = Field(32, ge=1)
-    kv_rank: int = Field(32, ge=1)
-    query_tokens: int = Field(4, ge=1)
-    summaries: int = Field(4, ge=1)
-    summary_width: int = Field(32, ge=1)
-    summary_rank: int = Field(32, ge=1)
+    layers: int = Field(default=2, ge=1)
+    width: int = Field(default=64, ge=16, multiple_of=8)
+    heads: int = Field(default=2, ge=1)
+    head_width: int = Field(default=16, ge=1)
+    query_rank: int = Field(default=32, ge=1)
+    kv_rank: int = Field(default=32, ge=1)
+    query_tokens: int = Field(default=4, ge=1)
+    summaries: int = Field(default=4, ge=1)
+    summary_width: int = Field(default=32, ge=1)
+    summary_rank: int = Field(default=32, ge=1)
     norm: Literal["post", "pre"] = "post"
     # Event rows that survive each layer, newest first to stay; empty: all of them, none after the last layer.
     keep: tuple[int, ...] = ()
-    item_buckets: int = Field(4096, ge=1)
-    part: int = Field(16, ge=1)
+    item_buckets: int = Field(default=4096, ge=1)
+    part: int = Field(default=16, ge=1)
 
     @classmethod
     def paper_like(cls) -> LlatteConfig:
