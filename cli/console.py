@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -33,7 +34,8 @@ def run_stage(stage: Any, common: Mapping[str, Any]) -> Any:
             log=progress.log,
         )
         result = run(stage, common["output"], options)
-    print_result(result.summary(), as_json=common["json"])
+    if result.status != "followed":
+        print_result(result.summary(), as_json=common["json"])
     return result
 
 
@@ -76,7 +78,12 @@ def shown(value: Any) -> str:
 
 
 def print_error(fault: Any) -> None:
-    """`error:` and `hint:`, a line each, on stderr."""
+    """`error:` and `hint:`, a line each, on stderr; a rank leaves them to the process that started it."""
+    place = os.environ.get("PRERANK_ERROR_FILE")
+    if place:
+        told = {"message": fault.message, "hint": fault.hint, "exit_code": fault.exit_code}
+        Path(place).write_text(json.dumps(told))
+        return
     print(f"error: {fault.message}", file=sys.stderr)
     if fault.hint:
         print(f"hint: {fault.hint}", file=sys.stderr)

@@ -14,6 +14,7 @@ from prerank_tools.errors import PrerankError
 from prerank_tools.version import VERSION
 
 from . import console, data, embed, evaluate, export, gsu, inspection, quantize, train
+from .options import WORDS
 
 app = typer.Typer(
     name="prerank",
@@ -40,6 +41,7 @@ def main(words: Sequence[str] | None = None) -> None:
 
 def call(words: Sequence[str]) -> int:
     """Run one command line; returns its exit code. Errors are on stderr when it returns."""
+    token = WORDS.set(tuple(words))
     try:
         app(list(words), prog_name="prerank")
     except SystemExit as end:
@@ -53,6 +55,8 @@ def call(words: Sequence[str]) -> int:
     except Terminated:
         console.print_error(PrerankError("terminated", "run the same line again: finished shards stay"))
         return 143
+    finally:
+        WORDS.reset(token)
     return 0
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import sys
 import tomllib
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from enum import StrEnum
 from functools import wraps
 from pathlib import Path
@@ -277,6 +277,10 @@ def _register(
     app.command(name, epilog=epilog)(function)
 
 
+# The command line that runs now: the demo runs several in one process.
+WORDS: ContextVar[tuple[str, ...]] = ContextVar("words", default=())
+
+
 def argv() -> tuple[str, ...]:
     """The command line as typed, for the manifest."""
-    return tuple(sys.argv)
+    return ("prerank", *WORDS.get())

@@ -72,6 +72,7 @@ class Context:
     cache: dict[str, Any] = field(default_factory=dict)
     gate: str = "fail"
     gates: list[dict[str, Any]] = field(default_factory=list)
+    shared_scratch: Path | None = None  # where ranks of one training meet; `work / "_tmp"` otherwise
 
     def table(self, role: str) -> Table:
         """The table of that role; a KeyError is a bug of the stage, not of the user."""
@@ -89,7 +90,7 @@ class Context:
     @property
     def scratch(self) -> Path:
         """Temporaries on the same filesystem as the output; swept when the job ends."""
-        path = self.work / "_tmp"
+        path = self.shared_scratch or self.work / "_tmp"
         path.mkdir(parents=True, exist_ok=True)
         return path
 

@@ -13,11 +13,19 @@ Task = Callable[[Shard], dict[str, Any]]
 
 
 def map_shards(
-    task: Task, shards: Sequence[Shard], *, engine: str, workers: int, threads: int
+    task: Task, shards: Sequence[Shard], *, engine: str, workers: int, threads: int, gpus: bool = False
 ) -> Iterator[dict[str, Any]]:
     """Commit records as shards finish, in any order. `task` reads, computes, writes and commits one shard."""
     if engine == "local":
         from prerank_tools.engines import local
 
         return local.map_shards(task, shards, workers=workers, threads=threads)
+    if engine == "torchrun":
+        from prerank_tools.engines import torchrun
+
+        return torchrun.map_shards(task, shards)
+    if engine == "ray":
+        from prerank_tools.engines import ray
+
+        return ray.map_shards(task, shards, workers=workers, threads=threads, gpus=gpus)
     raise UsageError(f"--engine {engine}: not an engine", f"one of {', '.join(ENGINES)}")

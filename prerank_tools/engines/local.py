@@ -28,8 +28,9 @@ def map_shards(
         yield from map(task, shards)
         return
     os.environ["OMP_NUM_THREADS"] = str(threads)  # inherited: read when a worker loads its libraries
+    spawn = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(
-        min(workers, len(shards)), multiprocessing.get_context("spawn"), initializer=_begin_worker
+        min(workers, len(shards)), spawn, initializer=_begin_worker, initargs=(spawn.Value("i", 0),)
     )
     try:
         futures = [pool.submit(task, shard) for shard in sorted(shards, key=lambda s: (-s.rows, s.index))]
@@ -44,8 +45,11 @@ def map_shards(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _begin_worker() -> None:
-    """Die with the parent, whatever kills it, and leave Ctrl-C to it."""
+def _begin_worker(started: Any) -> None:
+    """Die with the parent, whatever kills it, leave Ctrl-C to it, and take the next worker number."""
+    with started.get_lock():
+        os.environ["LOCAL_RANK"] = str(started.value)
+        started.value += 1
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from prerank_tools.engines import map_shards
+from prerank_tools.engines import map_shards, torchrun
 from prerank_tools.errors import ConflictError, ContractError, PrerankError, RetryError, UsageError
 from prerank_tools.run.commit import commit_file, commit_json, publish, sha256
 from prerank_tools.run.gates import compare
@@ -106,10 +106,18 @@ def run(stage: Stage, out: Path, options: RunOptions) -> Result:
     fix_threads(options.threads)
     if options.dry_run:
         return _dry_run(stage, out, ctx, work)
+    if options.engine == "torchrun" and not torchrun.in_group():
+        torchrun.launch(
+            options.argv[1:], workers=_workers(options, ctx.device), error_file=partial.with_suffix(".error")
+        )
+        return Result("done", out, read_manifest(out))
+    if torchrun.rank() > 0:
+        return _follow(stage, out, ctx, options)
     with Lock(out):
         published = read_manifest(out) if out.exists() else None
         if published and published.fingerprint == work:
             shutil.rmtree(partial, ignore_errors=True)
+            _announce(None)
             return Result("up to date", out, published)
         if out.exists() and not options.overwrite:
             raise ConflictError(_conflict(out, published, stage), "add --overwrite, or name another output")
@@ -121,6 +129,31 @@ def run(stage: Stage, out: Path, options: RunOptions) -> Result:
         except OSError as fault:
             raise _disk_fault(fault, partial) from fault
         return Result("done", out, manifest)
+
+
+def _follow(stage: Stage, out: Path, ctx: Context, options: RunOptions) -> Result:
+    """What a rank other than 0 does: a share of the shards, or its part in a training; it never publishes."""
+    left = torchrun.announced()
+    if left is None:
+        return Result("followed", out, None)
+    if stage.kind == "table":
+        shards = {shard.index: shard for shard in stage.plan(ctx)}
+        mapped = "_tmp/mapped" if _reduces(stage) else "data"
+        task = Task(stage, ctx, mapped, uuid4().hex)
+        for _ in map_shards(
+            task, [shards[index] for index in left], engine=options.engine, workers=1, threads=options.threads
+        ):
+            pass
+    else:
+        own = ctx.work / "_tmp" / f"rank{torchrun.rank()}"
+        own.mkdir(parents=True, exist_ok=True)
+        stage.build(replace(ctx, work=own, shared_scratch=ctx.work / "_tmp"))
+    return Result("followed", out, None)
+
+
+def _announce(indices: Sequence[int] | None) -> None:
+    if torchrun.in_group():
+        torchrun.announce(indices)
 
 
 def open_inputs(stage: Stage) -> dict[str, Table | Folder]:
@@ -159,6 +192,7 @@ def _work(stage: Stage, ctx: Context, options: RunOptions, work: str, single: bo
         quality = dict(stage.quality(counts, ctx))
     else:
         _open_work(ctx, work, [])
+        _announce([])
         quality, counts, records = dict(stage.build(ctx)), {}, []
     manifest = Manifest(
         stage=stage.name,
@@ -186,7 +220,7 @@ def _work(stage: Stage, ctx: Context, options: RunOptions, work: str, single: bo
         "id": uuid4().hex,
         "argv": list(options.argv),
         "engine": options.engine,
-        "workers": _workers(options),
+        "workers": _workers(options, ctx.device),
         "inputs": {role: str(table.path) for role, table in ctx.inputs.items()},
     }
     return manifest
@@ -218,18 +252,32 @@ def _map(stage: Stage, ctx: Context, options: RunOptions, shards: Sequence[Shard
     records = {shard.index: record for shard in shards if (record := _committed(ctx.work, shard.index))}
     options.progress(len(records), len(shards), {})
     left = [shard for shard in shards if shard.index not in records]
-    context = replace(ctx, log=_no_log, cache={}) if _workers(options) > 1 and len(left) > 1 else ctx
+    context = (
+        replace(ctx, log=_no_log, cache={}) if _workers(options, ctx.device) > 1 and len(left) > 1 else ctx
+    )
     task = Task(stage, context, mapped, uuid4().hex)
+    _announce([shard.index for shard in left])
     for record in map_shards(
-        task, left, engine=options.engine, workers=_workers(options), threads=options.threads
+        task,
+        left,
+        engine=options.engine,
+        workers=_workers(options, ctx.device),
+        threads=options.threads,
+        gpus=ctx.device == "cuda",
     ):
         records[record["index"]] = record
         options.progress(len(records), len(shards), record)
     return [records[shard.index] for shard in shards]
 
 
-def _workers(options: RunOptions) -> int:
-    return options.workers or max(1, (os.cpu_count() or 1) // options.threads)
+def _workers(options: RunOptions, device: str = "cpu") -> int:
+    if options.workers:
+        return options.workers
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.device_count()
+    return max(1, (os.cpu_count() or 1) // options.threads)
 
 
 def _reduces(stage: Stage) -> bool:

@@ -6,6 +6,13 @@ import os
 import sys
 
 
+def take_gpu() -> None:
+    """Compute on the GPU of this worker's number: as many workers as GPUs use each of them once."""
+    import torch
+
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
 def fix_threads(threads: int) -> None:
     """Set torch, faiss, numba and OpenMP to `threads`, those loaded already and those loaded later."""
     os.environ["OMP_NUM_THREADS"] = str(threads)

@@ -12,7 +12,7 @@ import polars as pl
 
 from prerank_tools.errors import ContractError, PrerankError, RetryError
 from prerank_tools.run.commit import commit_file, commit_json, commit_link
-from prerank_tools.run.threads import fix_threads
+from prerank_tools.run.threads import fix_threads, take_gpu
 from prerank_tools.stage import Context, Part, Shard, Stage
 from prerank_tools.tables.parquet import write_parquet
 from prerank_tools.tables.table import stamp
@@ -34,6 +34,8 @@ class Task:
         """Process and commit one shard; returns its commit record."""
         ctx = _contexts.setdefault(self.run, self.context)
         fix_threads(ctx.threads)
+        if ctx.device == "cuda":
+            take_gpu()
         started = time.perf_counter()
         try:
             part = self.stage.process(shard, ctx)

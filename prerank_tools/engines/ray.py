@@ -1,0 +1,78 @@
+"""The Ray engine: actors over a cluster that take shards and commit them; Ray moves no table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from prerank_tools.errors import PrerankError, RetryError, UsageError
+from prerank_tools.stage import Shard
+
+RETRIES = 3  # times a shard is tried elsewhere after its actor was lost
+
+
+def map_shards(
+    task: Callable[[Shard], dict[str, Any]],
+    shards: Sequence[Shard],
+    *,
+    workers: int,
+    threads: int,
+    gpus: bool = False,
+) -> Iterator[dict[str, Any]]:
+    """Run shards on `workers` actors (a GPU each with `gpus`), largest first; a lost actor's shard moves on.
+
+    Joins the cluster that `RAY_ADDRESS` names (`auto` for the one on this host), else starts a private one.
+    Raises RetryError where a shard lost its actor four times.
+    """
+    ray = _connect()
+    cpus = min(threads, int(ray.cluster_resources().get("CPU", threads)))
+    remote = ray.remote(num_cpus=cpus, num_gpus=1 if gpus else 0, max_restarts=0)(_Worker)
+    handed = ray.put(task)
+    waiting = sorted(shards, key=lambda shard: (-shard.rows, shard.index))
+    tries = {shard.index: 0 for shard in shards}
+    busy: dict[Any, tuple[Any, Shard]] = {}
+    idle = [remote.remote(handed) for _ in range(min(workers, len(waiting)))]
+    while waiting or busy:
+        while waiting and idle:
+            actor, shard = idle.pop(), waiting.pop(0)
+            busy[actor.run.remote(shard)] = (actor, shard)
+        finished, _ = ray.wait(list(busy), num_returns=1)
+        actor, shard = busy.pop(finished[0])
+        try:
+            record = ray.get(finished[0])
+        except ray.exceptions.RayActorError as fault:
+            tries[shard.index] += 1
+            if tries[shard.index] > RETRIES:
+                raise RetryError(
+                    f"shard {shard.index} lost its actor {RETRIES + 1} times",
+                    "out of memory? run the line again",
+                ) from fault
+            waiting.insert(0, shard)
+            idle.append(remote.remote(handed))
+            continue
+        except ray.exceptions.RayTaskError as fault:
+            if isinstance(fault.cause, PrerankError):
+                raise fault.cause from None
+            raise
+        idle.append(actor)
+        yield record
+
+
+class _Worker:
+    """One actor: it keeps its model between shards."""
+
+    def __init__(self, task: Callable[[Shard], dict[str, Any]]) -> None:
+        self.task = task
+
+    def run(self, shard: Shard) -> dict[str, Any]:
+        return self.task(shard)
+
+
+def _connect() -> Any:
+    try:
+        import ray
+    except ImportError as fault:
+        raise UsageError("--engine ray: ray is not installed", "pip install 'prerank[ray]'") from fault
+    if not ray.is_initialized():
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR", configure_logging=False)
+    return ray
