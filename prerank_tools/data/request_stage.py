@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import polars as pl
@@ -29,7 +29,7 @@ from prerank_tools.tables.bucketing import hash_ids
 from prerank_tools.tables.events import known_at, open_events
 
 Negatives = Literal["popularity", "uniform"]
-KINDS: tuple[Negatives, ...] = ("popularity", "uniform")
+KINDS: tuple[str, ...] = get_args(Negatives)
 
 
 class RequestKnobs(BaseModel):
@@ -37,9 +37,9 @@ class RequestKnobs(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    negatives_per_request: int = Field(50, ge=1)
+    negatives_per_request: int = Field(default=50, ge=1)
     seed: int = 0
-    lag: int = Field(0, ge=0)  # seconds between an event's arrival and its use
+    lag: int = Field(default=0, ge=0)  # seconds between an event's arrival and its use
 
 
 DEFAULTS = RequestKnobs()
@@ -139,7 +139,7 @@ class Requests(Stage):
             counts[f"negatives_{kind}"] = sum(int((labels == 0).sum()) for labels in made[kind].labels)
         frames = {kind: _frame(made[kind], known, self.action) for kind in KINDS}
         main = frames.pop(self.negatives)
-        return Part(main, quarantine=bad, counts=counts, tables=dict(frames))
+        return Part(main, quarantine=bad, counts=counts, tables=frames)
 
     def quality(self, counts: Mapping[str, float], ctx: Context) -> Mapping[str, Any]:
         """Popularity's own AUC inside a request, for each kind: what any model must be seen beside."""
@@ -189,7 +189,7 @@ class Requests(Stage):
         }
         return requests.with_columns(request_id=_request_ids(requests)), counts
 
-    def _with_candidates(self, requests: pl.DataFrame, known: Known, kind: Negatives) -> Candidates:
+    def _with_candidates(self, requests: pl.DataFrame, known: Known, kind: str) -> Candidates:
         time_R, positives = requests["time"].to_numpy(), [codes.to_numpy() for codes in requests["code"]]
         keys_R, knobs = hash_ids(requests["request_id"]), self.knobs
         drawn = draw_negatives(

@@ -98,7 +98,7 @@ class Partition(Stage):
         frame = gather(runs, bucket, order=(self.by, "timestamp", ROW_NAME[self.contract]))
         bad = gather_bad(runs) if bucket == 0 else None
         late = _late_users(frame, self.by, ctx.table("earlier").data_cutoff if self.append_to else None)
-        counts = {
+        counts: dict[str, int | float] = {
             "rows_in": len(frame) + (0 if bad is None else len(bad)),
             "rows_appended": len(frame),
             "late_rows": int(late["rows"].sum()),
@@ -177,7 +177,7 @@ class Split(Stage):
         basket_n, time_n = basket_codes(events), events["timestamp"].to_numpy()
         test_n = held_out(basket_n, time_n, at=self.at)
         across = np.unique(basket_n[test_n & (time_n < self.at)])
-        counts = {
+        counts: dict[str, int | float] = {
             "rows_in": len(events) + len(bad),
             "rows_train": int((~test_n).sum()),
             "rows_test": int(test_n.sum()),
