@@ -1,0 +1,256 @@
+"""The two loops of CPU assignment: round the rows for the product, then settle one level of a block."""
+# n rows, D dims, K codes of a level, P codes of earlier levels, M codes of all levels
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+from numba import types
+from numba.extending import intrinsic
+
+from prerank_tools.quantizers.assign import COARSE_TIE
+
+FAST = {"reassoc", "contract", "nsz"}  # sums may be reordered: every use is covered by an error bound
+UNIT = np.float32(2.0**-24)
+
+
+def _jit(function: Callable[..., Any]) -> Any:
+    """Compile without the GIL and remember the machine code where a cache folder can be written."""
+    options: dict[str, Any] = {"nogil": True, "fastmath": FAST, "error_model": "numpy"}
+    try:
+        return numba.njit(cache=True, **options)(function)
+    except RuntimeError:  # read-only site-packages and no home folder
+        return numba.njit(**options)(function)
+
+
+@intrinsic
+def _bits(typingctx: Any, value: Any) -> Any:
+    """The int32 with the bits of a float32: ordered alike for positive floats, and its minimum vectorises."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], context.get_value_type(types.int32))
+
+    return types.int32(types.float32), codegen
+
+
+@intrinsic
+def _float(typingctx: Any, value: Any) -> Any:
+    """The float32 with the bits of an int32."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], context.get_value_type(types.float32))
+
+    return types.float32(types.int32), codegen
+
+
+@intrinsic
+def _widen(typingctx: Any, value: Any) -> Any:
+    """A product as float32: bf16 given as uint16 moves to the upper half, float32 stays."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if value == types.float32:
+            return args[0]
+        int32 = context.get_value_type(types.int32)
+        wide = builder.shl(builder.zext(args[0], int32), int32(16))
+        return builder.bitcast(wide, context.get_value_type(types.float32))
+
+    return types.float32(value), codegen
+
+
+@_jit
+def round_rows(
+    x_nD: np.ndarray, shift_D: np.ndarray, flat_MD: np.ndarray, picked_nL: np.ndarray, operand_nD: np.ndarray
+) -> np.ndarray:
+    """Write x - shift - picked codes into `operand_nD` (bf16 bits or float32).
+
+    Returns (n, 3) float32 upper bounds: of the rounding |x - x'|, of |x'|, and of |x|^2.
+    """
+    n, dims = x_nD.shape
+    norms_n3 = np.empty((n, 3), dtype=np.float32)
+    t_D = np.empty(dims, dtype=np.float32)
+    narrow = operand_nD.itemsize == 2
+    for row in range(n):
+        residual = picked_nL.shape[1] > 0
+        slack = np.float32(0.0)
+        if residual:
+            slack = _residual32(x_nD[row], flat_MD, picked_nL[row], t_D)
+        else:
+            t_D[:] = x_nD[row]
+        error = np.float32(0.0)
+        norm = np.float32(0.0)
+        full = np.float32(0.0)
+        for d in range(dims):
+            value = t_D[d] - shift_D[d]
+            kept = value
+            if narrow:
+                bits = _bits(value)
+                bits = (bits + np.int32(0x7FFF) + ((bits >> np.int32(16)) & np.int32(1))) & np.int32(-65536)
+                kept = _float(bits)
+                operand_nD[row, d] = (bits >> np.int32(16)) & np.int32(0xFFFF)
+            else:
+                operand_nD[row, d] = value
+            error += (value - kept) * (value - kept)
+            norm += kept * kept
+            full += value * value + shift_D[d] * shift_D[d]
+        # float32 subtraction loses at most UNIT of each operand; the sums above at most 1e-4 of themselves.
+        lost = UNIT * np.float32(4.0) * np.sqrt(full) + slack
+        norms_n3[row, 0] = np.sqrt(error) * np.float32(1.001) + lost
+        norms_n3[row, 1] = np.sqrt(norm) * np.float32(1.001) + norms_n3[row, 0]
+        norms_n3[row, 2] = norms_n3[row, 1] * norms_n3[row, 1]
+    return norms_n3
+
+
+@_jit
+def _residual32(x_D: np.ndarray, flat_MD: np.ndarray, picked_L: np.ndarray, t_D: np.ndarray) -> np.float32:
+    """x minus the picked codes into `t_D`; returns a bound on the norm of its rounding."""
+    largest = np.float32(0.0)
+    for d in range(len(x_D)):
+        value = np.float64(x_D[d])
+        for level in range(len(picked_L)):
+            value -= np.float64(flat_MD[picked_L[level], d])
+        t_D[d] = np.float32(value)
+        largest += t_D[d] * t_D[d]
+    return np.sqrt(largest) * UNIT * np.float32(2.0)
+
+
+@_jit
+def settle_level(
+    product_nM: np.ndarray,
+    column: int,
+    norm_K: np.ndarray,
+    table_PK: np.ndarray,
+    bound: np.ndarray,
+    table_start: int,
+    start: int,
+    x_nD: np.ndarray,
+    flat_MD: np.ndarray,
+    picked_nL: np.ndarray,
+    first: int,
+    depth: int,
+    norms_n3: np.ndarray,
+    unsure_n: np.ndarray,
+) -> None:
+    """Write the nearest code of one level into `picked_nL[:, first + depth]`, as a row of `flat_MD`.
+
+    Columns `column` .. of `product_nM` are -2 x.c, as bf16 bits or float32. `norms_n3[:, 2]` goes from a bound on
+    the residual's squared length to the next. A row is `unsure_n` when float64 cannot separate its best two.
+    """
+    size = len(norm_K)
+    low_K = np.empty(size, dtype=np.float32)
+    r_D = np.empty(x_nD.shape[1], dtype=np.float64)
+    for row in range(len(product_nM)):
+        picked_L = picked_nL[row]
+        margin = norms_n3[row, 0] * bound[0] + norms_n3[row, 1] * bound[1] + bound[2]
+        margin += np.float32(16.0) * UNIT * norms_n3[row, 2]
+        offset = norms_n3[row, 2] + margin  # keeps every sum positive, so that its bits are ordered
+        product_K = product_nM[row][column : column + size]
+        before = picked_L[first : first + depth]
+        least = _lower_bounds(product_K, norm_K, offset, table_PK, before, table_start, low_K)
+        limit = _bits(_float(least) + np.float32(2.0) * margin)
+        count, code, last = _candidates(low_K, limit)
+        if count > 1:
+            _residual64(x_nD[row], flat_MD, picked_L[: first + depth], r_D)
+            scale = np.float64(norms_n3[row, 2]) + np.float64(norm_K[code])
+            code, gap, best = _measure(r_D, flat_MD[start : start + size], low_K, limit, code, last)
+            unsure_n[row] |= gap <= COARSE_TIE * (scale + best)
+        picked_nL[row, first + depth] = start + code
+        # The rounding of a bf16 product was taken off the lower bound once; an upper bound has it twice.
+        slack = np.float32(2.0) * _rounding(product_nM) * abs(_widen(product_K[code]))
+        norms_n3[row, 2] = max(low_K[code], np.float32(0.0)) + slack
+
+
+@_jit
+def _lower_bounds(
+    product_K: np.ndarray,
+    norm_K: np.ndarray,
+    offset: np.float32,
+    table_PK: np.ndarray,
+    before: np.ndarray,
+    table_start: int,
+    low_K: np.ndarray,
+) -> np.int32:
+    """Fill `low_K` with each distance less the product's own rounding; returns the bits of the least upper bound."""
+    size = len(low_K)
+    for k in range(size):
+        low_K[k] = norm_K[k] + offset
+    for level in range(len(before)):
+        table_K = table_PK[before[level] - table_start]
+        for k in range(size):
+            low_K[k] += table_K[k]
+    output = _rounding(product_K)
+    least = np.int32(0x7F7FFFFF)
+    for k in range(size):
+        product = _widen(product_K[k])
+        distance = product + low_K[k]
+        slip = abs(product) * output
+        low_K[k] = distance - slip
+        least = min(least, _bits(distance + slip))
+    return least
+
+
+@_jit
+def _candidates(low_K: np.ndarray, limit: np.int32) -> tuple[np.int32, np.int32, np.int32]:
+    """(how many, first, last) of the codes that may be the nearest."""
+    size = len(low_K)
+    count = np.int32(0)
+    first = np.int32(size)
+    last = np.int32(-1)
+    for k in range(size):
+        near = _bits(low_K[k]) <= limit
+        count += np.int32(near)
+        first = min(first, np.int32(k) if near else np.int32(size))
+        last = max(last, np.int32(k) if near else np.int32(-1))
+    return count, first, last
+
+
+@_jit
+def _residual64(x_D: np.ndarray, flat_MD: np.ndarray, picked_L: np.ndarray, r_D: np.ndarray) -> None:
+    for d in range(len(r_D)):
+        r_D[d] = x_D[d]
+    for level in range(len(picked_L)):
+        c_D = flat_MD[picked_L[level]]
+        for d in range(len(r_D)):
+            r_D[d] -= c_D[d]
+
+
+@_jit
+def _measure(
+    r_D: np.ndarray,
+    codebook_KD: np.ndarray,
+    low_K: np.ndarray,
+    limit: np.int32,
+    first: np.int32,
+    last: np.int32,
+) -> tuple[np.int32, np.float64, np.float64]:
+    """(nearest candidate, its lead over the second, its squared distance), in float64."""
+    code = first
+    best = np.inf
+    second = np.inf
+    for k in range(first, last + 1):
+        if _bits(low_K[k]) <= limit:
+            distance = _distance(r_D, codebook_KD[k])
+            if distance < best:
+                second = best
+                best = distance
+                code = np.int32(k)
+            elif distance < second:
+                second = distance
+    return code, second - best, best
+
+
+@_jit
+def _distance(r_D: np.ndarray, c_D: np.ndarray) -> np.float64:
+    total = 0.0
+    for d in range(len(r_D)):
+        difference = r_D[d] - np.float64(c_D[d])
+        total += difference * difference
+    return total
+
+
+@_jit
+def _rounding(product: np.ndarray) -> np.float32:
+    """Relative rounding of a product: 2^-8 in bf16, in float32 covered by the bound of the level."""
+    return np.float32(2.0**-8) if product.itemsize == 2 else np.float32(0.0)
