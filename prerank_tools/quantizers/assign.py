@@ -21,7 +21,7 @@ COARSE_TIE = 1e-10  # what the faster paths hand to `assign_exact`
 def assign(
     x_ND: np.ndarray, codebooks: Sequence[np.ndarray], *, threads: int = 2, device: str = "cpu"
 ) -> np.ndarray:
-    """Codes (N, L) uint16 of `x_ND` (float32, float16 or int8), greedy level by level as in RQ-KMeans (QARM, OneRec).
+    """Codes (N, L) uint16 of `x_ND` (float32, float16 or int8), greedy by level as in RQ-KMeans.
 
     Equal to `assign_exact` row for row, whatever the batch, the thread count or the device.
     """
@@ -37,7 +37,7 @@ def assign(
 
 
 def assign_exact(x_ND: np.ndarray, codebooks: Sequence[np.ndarray]) -> np.ndarray:
-    """The definition in float64; codes (N, L) uint16. Distances within `NEAR_TIE` are summed again in index order."""
+    """The definition, in float64; (N, L) uint16. Distances within `NEAR_TIE` are summed in index order."""
     codes_NL = np.empty((len(x_ND), len(codebooks)), dtype=np.uint16)
     for start in range(0, len(x_ND), EXACT_BLOCK):
         r_ND = x_ND[start : start + EXACT_BLOCK].astype(np.float64)
@@ -74,7 +74,7 @@ def decode(codes_NL: np.ndarray, codebooks: Sequence[np.ndarray]) -> np.ndarray:
 def assign_beam(x_ND: np.ndarray, codebooks: Sequence[np.ndarray], *, beam: int) -> np.ndarray:
     """Beam search over whole paths (faiss ResidualQuantizer's encoder); codes (N, L) uint16.
 
-    Lowers the final error but an item's prefix is then no longer its nearest coarse code: the prefix hierarchy
+    Lowers the final error, but an item's prefix is then no longer its nearest coarse code: the hierarchy
     weakens. Equal errors keep the path that comes first in code order.
     """
     blocks = [

@@ -1,13 +1,15 @@
 """Exact residual assignment on CPU at the speed of one bf16 product.
 
-|r_l - c|^2 = |r_l|^2 + |c|^2 - 2 x.c + 2 sum_j c_j.c over the codes c_j chosen before: one product of x with all
-levels and small code-by-code tables give every level's distances without residuals (ours). The product is bf16;
-a Cauchy-Schwarz bound on its error says which codes may still be the nearest, and only those are measured in float64.
+|r_l - c|^2 = |r_l|^2 + |c|^2 - 2 x.c + 2 sum_j c_j.c over the codes c_j chosen before: one product of x with
+all levels and small code-by-code tables give every level's distances without residuals (ours). The product is
+bf16; a Cauchy-Schwarz bound on its error says which codes may still be the nearest, and only those are
+measured in float64.
 """
-# N items (n in a block), D dims, L levels, K codes of a level, M codes of all levels, P codes of earlier levels
+# N items (n in a block), D dims, L levels, K codes of a level, M of all levels, P of earlier levels
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -49,7 +51,7 @@ def assign_cpu(x_ND: np.ndarray, codebooks: Sequence[np.ndarray], *, threads: in
 
 @dataclass(frozen=True)
 class _Level:
-    """One level's constants: `norm_K` is |c|^2, `table_PK` 2 c_j.c for each code of the levels in the same product.
+    """One level's constants: `norm_K` is |c|^2, `table_PK` 2 c_j.c per earlier code of the same product.
 
     The error of a distance is at most ex * bound[0] + xn * bound[1] + bound[2], with the row's `ex` and `xn`.
     """
@@ -88,7 +90,7 @@ def _plan(codebooks: Sequence[np.ndarray]) -> _Plan:
     table_bytes = 4 * sum(start * size for start, size in zip(starts, sizes, strict=False))
     cuts = [0, len(sizes)] if table_bytes <= TABLE_BYTES else list(range(len(sizes) + 1))
     bf16 = fast_bf16()
-    groups = [_group(codebooks[a:b], a, starts[a:b], bf16) for a, b in zip(cuts, cuts[1:], strict=False)]
+    groups = [_group(codebooks[a:b], a, starts[a:b], bf16) for a, b in itertools.pairwise(cuts)]
     flat_MD = np.ascontiguousarray(np.concatenate(codebooks), dtype=np.float32)
     return _Plan(tuple(groups), flat_MD, bf16)
 

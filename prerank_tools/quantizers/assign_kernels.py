@@ -26,7 +26,12 @@ def _jit(function: Callable[..., Any]) -> Any:
         return numba.njit(**options)(function)
 
 
-@intrinsic
+def _inline(function: Callable[..., Any]) -> Any:
+    """A numba intrinsic, which type checkers take for a call with a typing context."""
+    return intrinsic(function)
+
+
+@_inline
 def _bits(typingctx: Any, value: Any) -> Any:
     """The int32 with the bits of a float32: ordered alike for positive floats, and its minimum vectorises."""
 
@@ -36,7 +41,7 @@ def _bits(typingctx: Any, value: Any) -> Any:
     return types.int32(types.float32), codegen
 
 
-@intrinsic
+@_inline
 def _float(typingctx: Any, value: Any) -> Any:
     """The float32 with the bits of an int32."""
 
@@ -46,7 +51,7 @@ def _float(typingctx: Any, value: Any) -> Any:
     return types.float32(types.int32), codegen
 
 
-@intrinsic
+@_inline
 def _widen(typingctx: Any, value: Any) -> Any:
     """A product as float32: bf16 given as uint16 moves to the upper half, float32 stays."""
 
@@ -104,7 +109,7 @@ def round_rows(
 
 
 @_jit
-def _residual32(x_D: np.ndarray, flat_MD: np.ndarray, picked_L: np.ndarray, t_D: np.ndarray) -> np.float32:
+def _residual32(x_D: np.ndarray, flat_MD: np.ndarray, picked_L: np.ndarray, t_D: np.ndarray) -> Any:
     """x minus the picked codes into `t_D`; returns a bound on the norm of its rounding."""
     largest = np.float32(0.0)
     for d in range(len(x_D)):
@@ -135,8 +140,8 @@ def settle_level(
 ) -> None:
     """Write the nearest code of one level into `picked_nL[:, first + depth]`, as a row of `flat_MD`.
 
-    Columns `column` .. of `product_nM` are -2 x.c, as bf16 bits or float32. `norms_n3[:, 2]` goes from a bound on
-    the residual's squared length to the next. A row is `unsure_n` when float64 cannot separate its best two.
+    Columns `column` .. of `product_nM` are -2 x.c, as bf16 bits or float32. `norms_n3[:, 2]`, a bound on the
+    residual's squared length, goes to the next. A row is `unsure_n` when float64 cannot part its best two.
     """
     size = len(norm_K)
     low_K = np.empty(size, dtype=np.float32)
@@ -166,13 +171,13 @@ def settle_level(
 def _lower_bounds(
     product_K: np.ndarray,
     norm_K: np.ndarray,
-    offset: np.float32,
+    offset: float,
     table_PK: np.ndarray,
     before: np.ndarray,
     table_start: int,
     low_K: np.ndarray,
-) -> np.int32:
-    """Fill `low_K` with each distance less the product's own rounding; returns the bits of the least upper bound."""
+) -> Any:
+    """Fill `low_K` with distances less the product's rounding; returns the bits of the least upper bound."""
     size = len(low_K)
     for k in range(size):
         low_K[k] = norm_K[k] + offset
@@ -192,7 +197,7 @@ def _lower_bounds(
 
 
 @_jit
-def _candidates(low_K: np.ndarray, limit: np.int32) -> tuple[np.int32, np.int32, np.int32]:
+def _candidates(low_K: np.ndarray, limit: int) -> Any:
     """(how many, first, last) of the codes that may be the nearest."""
     size = len(low_K)
     count = np.int32(0)
@@ -224,7 +229,7 @@ def _measure(
     limit: np.int32,
     first: np.int32,
     last: np.int32,
-) -> tuple[np.int32, np.float64, np.float64]:
+) -> Any:
     """(nearest candidate, its lead over the second, its squared distance), in float64."""
     code = first
     best = np.inf
@@ -242,7 +247,7 @@ def _measure(
 
 
 @_jit
-def _distance(r_D: np.ndarray, c_D: np.ndarray) -> np.float64:
+def _distance(r_D: np.ndarray, c_D: np.ndarray) -> Any:
     total = 0.0
     for d in range(len(r_D)):
         difference = r_D[d] - np.float64(c_D[d])
@@ -251,6 +256,6 @@ def _distance(r_D: np.ndarray, c_D: np.ndarray) -> np.float64:
 
 
 @_jit
-def _rounding(product: np.ndarray) -> np.float32:
+def _rounding(product: np.ndarray) -> Any:
     """Relative rounding of a product: 2^-8 in bf16, in float32 covered by the bound of the level."""
     return np.float32(2.0**-8) if product.itemsize == 2 else np.float32(0.0)

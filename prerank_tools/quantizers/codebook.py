@@ -38,7 +38,7 @@ KINDS: dict[str, str] = {
 
 @runtime_checkable
 class Quantizer(Protocol):
-    """What every quantizer offers; `fit` returns itself, `encode` gives (N, L) uint16, `decode` (N, D) float32."""
+    """What every quantizer offers: `fit` returns itself, `encode` (N, L) uint16, `decode` (N, D) float32."""
 
     kind: ClassVar[str]
 
@@ -66,10 +66,10 @@ class Quantizer(Protocol):
 class Codebook:
     """A fitted quantizer as plain data.
 
-    `meta` holds what changes codes besides the arrays (preprocessing, normalisation; JSON values) and is part of
-    the fingerprint, as is `lineage` (`{"encoder": fingerprint}`). `weights` are further arrays (a rotation, an
-    MLP), also fingerprinted. `notes` (seed, iterations, rows fitted) and `stats` (arrays that describe the fit
-    set, for the drift guard) are not.
+    `meta` holds what changes codes besides the arrays (preprocessing, normalisation; JSON values) and is part
+    of the fingerprint, as is `lineage` (`{"encoder": fingerprint}`). `weights` are further arrays (a
+    rotation, an MLP), also fingerprinted. `notes` (seed, iterations, rows fitted) and `stats` (arrays that describe the
+    fit set, for the drift guard) are not.
     """
 
     kind: str

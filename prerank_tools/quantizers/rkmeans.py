@@ -1,4 +1,4 @@
-"""RQ-KMeans: k-means on the residuals, level by level (QARM, OneRec, arXiv:2502.18965); no encoder, no gradient."""
+"""RQ-KMeans (QARM; OneRec, arXiv:2502.18965): k-means on the residuals, level by level; no encoder."""
 # N items, D dims, L levels, K codes of a level
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class RKMeans:
     def fit(self, x_ND: np.ndarray, *, seed: int = 0, threads: int = 2, device: str = "cpu") -> Self:
         """Fit all levels on x (N, D): faiss on CPU, torch on GPU.
 
-        On CPU the centroids are those of a plain loop over `faiss.Kmeans(D, K, niter=iterations, seed=seed)`, its
-        search, and subtraction. Raises ContractError where a level has more codes than there are rows.
+        On CPU the centroids are those of a plain loop over `faiss.Kmeans(D, K, niter=iterations, seed=seed)`,
+        its search, and subtraction. Raises ContractError where a level has more codes than there are rows.
         """
         r_ND = self._prepared(x_ND)
         check_rows(len(r_ND), self.sizes)
@@ -75,7 +75,7 @@ class RKMeans:
         return assign(x_ND, self.codebooks, threads=threads, device=device)
 
     def decode(self, codes_NL: np.ndarray) -> np.ndarray:
-        """The vectors (N, D) float32 that the codes stand for; of the normalised input where `normalize` is set."""
+        """The vectors (N, D) float32 that the codes stand for; normalised ones where `normalize` is set."""
         scaled = [
             codebook_KD * scale for codebook_KD, scale in zip(self.codebooks, self.scale_L, strict=True)
         ]
@@ -136,7 +136,7 @@ def kmeans_faiss(
         kmeans = faiss.Kmeans(x_ND.shape[1], size, niter=iterations, seed=seed, **options)
         kmeans.train(x_ND)
         _, code_N1 = kmeans.index.search(x_ND, 1)
-    return kmeans.centroids.copy(), code_N1[:, 0]
+    return np.array(kmeans.centroids), code_N1[:, 0]
 
 
 def check_rows(rows: int, sizes: tuple[int, ...]) -> None:
