@@ -2,6 +2,107 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
 import typer
 
+from .options import IO, parse_knobs, stage_command
+
 app = typer.Typer(name="embed", help="Turn items or users into vectors.", no_args_is_help=True)
+
+MODEL = "Model"
+
+
+class Modalities(StrEnum):
+    """What of an item is encoded."""
+
+    auto = "auto"
+    text = "text"
+    image = "image"
+    both = "both"
+
+
+class Dtype(StrEnum):
+    """How the vectors are stored."""
+
+    fp32 = "fp32"
+    fp16 = "fp16"
+    int8 = "int8"
+
+
+@stage_command(
+    app,
+    "items",
+    examples=(
+        "prerank embed items items.parquet -o emb/",
+        "prerank embed items items.parquet --model minilm --template '{title}. {category}' -o emb/",
+    ),
+)
+def items(
+    items: Annotated[Path, typer.Argument(help="Items: item_id, text columns, image or image_path.")],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="tfidf (fitted, no weights), minilm, efficientnet-lite0, a model folder, or a hub id."
+            " Default: that of --previous, else tfidf.",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
+    image_model: Annotated[
+        str | None,
+        typer.Option(help="A vision model beside a text --model.", rich_help_panel=MODEL),
+    ] = None,
+    modalities: Annotated[
+        Modalities,
+        typer.Option(help="auto: all that both model and table have.", rich_help_panel=MODEL),
+    ] = Modalities.auto,
+    template: Annotated[
+        str | None,
+        typer.Option(
+            help="Text from columns, as in '{title}. {brand}'. Default: that of the model, else {title}.",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
+    dim: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Width of a TF-IDF fit (128); other models have their own.", rich_help_panel=MODEL
+        ),
+    ] = None,
+    dtype: Annotated[
+        Dtype, typer.Option(help="int8 comes with a column `scale`.", rich_help_panel=IO)
+    ] = Dtype.fp32,
+    image_root: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder that image_path is relative to. Default: that of the items.", rich_help_panel=IO
+        ),
+    ] = None,
+    previous: Annotated[
+        Path | None,
+        typer.Option(
+            help="Last night's output: only new and edited items are encoded, with its model.",
+            rich_help_panel=IO,
+        ),
+    ] = None,
+    *,
+    knobs: dict[str, Any],
+) -> Any:
+    """Encode items as unit vectors from their text, their images, or both."""
+    from prerank_tools.encoders.loading import EmbedConfig
+    from prerank_tools.encoders.stage import EmbedItems
+
+    return EmbedItems(
+        items=items,
+        model=model,
+        image_model=image_model,
+        modalities=modalities.value,
+        template=template,
+        image_root=image_root,
+        dim=dim,
+        dtype=dtype.value,
+        previous=previous,
+        config=parse_knobs(EmbedConfig, knobs),
+    )

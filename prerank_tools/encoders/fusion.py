@@ -9,17 +9,17 @@ from typing import Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn.functional import normalize
 
 
 class FusionConfig(BaseModel):
-    """Shape of a fusion: `concat` (projected), `gated` sum or `cross_modal` transformer; defaults are ours."""
+    """Shape of a fusion: `concat` (projected), `gated` sum, `cross_modal` transformer; defaults are ours."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Literal["concat", "gated", "cross_modal"] = "concat"
-    text_dim: int = Field(gt=0)
-    image_dim: int = Field(gt=0)
+    text_dim: int = Field(ge=0)  # 0: the encoder has no such tower; `concat` is then a linear head
+    image_dim: int = Field(ge=0)
     dim: int = Field(default=128, gt=0)
     hidden: int = Field(default=256, gt=0)  # width inside `cross_modal`
     layers: int = Field(default=2, gt=0)
@@ -43,9 +43,9 @@ def concat_unit(text_BT: Tensor, image_BI: Tensor, has_text_B: Tensor, has_image
     The cosine of two such items is the mean of their text and image cosines; both halves weigh the same
     whatever their widths.
     """
-    text_BT = F.normalize(text_BT, dim=-1) * has_text_B[:, None]
-    image_BI = F.normalize(image_BI, dim=-1) * has_image_B[:, None]
-    return F.normalize(torch.cat([text_BT, image_BI], dim=-1), dim=-1)
+    text_BT = normalize(text_BT, dim=-1) * has_text_B[:, None]
+    image_BI = normalize(image_BI, dim=-1) * has_image_B[:, None]
+    return normalize(torch.cat([text_BT, image_BI], dim=-1), dim=-1)
 
 
 class Fusion(nn.Module):
@@ -54,14 +54,14 @@ class Fusion(nn.Module):
     def __init__(self, config: FusionConfig) -> None:
         super().__init__()
         self.config = config
-        self.no_text_T = nn.Parameter(torch.randn(config.text_dim) * config.text_dim**-0.5)
-        self.no_image_I = nn.Parameter(torch.randn(config.image_dim) * config.image_dim**-0.5)
+        self.no_text_T = nn.Parameter(torch.randn(config.text_dim) * max(config.text_dim, 1) ** -0.5)
+        self.no_image_I = nn.Parameter(torch.randn(config.image_dim) * max(config.image_dim, 1) ** -0.5)
 
     def forward(self, text_BT: Tensor, image_BI: Tensor, has_text_B: Tensor, has_image_B: Tensor) -> Tensor:
         """Unit x_BD; `has_*_B` are booleans, and the rows they exclude are never read (NaN there is fine)."""
         text_BT = unit_or_placeholder(text_BT, has_text_B, self.no_text_T)
         image_BI = unit_or_placeholder(image_BI, has_image_B, self.no_image_I)
-        return F.normalize(self.fuse(text_BT, image_BI), dim=-1)
+        return normalize(self.fuse(text_BT, image_BI), dim=-1)
 
     def fuse(self, text_BT: Tensor, image_BI: Tensor) -> Tensor:
         """x_BD before normalisation."""
@@ -129,5 +129,5 @@ class CrossModal(Fusion):
 def unit_or_placeholder(x_BD: Tensor, has_B: Tensor, placeholder_D: Tensor) -> Tensor:
     """Unit rows of x where `has_B`, the placeholder elsewhere; no gradient reaches an absent row."""
     # Zeroed before the norm as well: the gradient of NaN / NaN would pass through a single `where`.
-    x_BD = F.normalize(torch.where(has_B[:, None], x_BD, 0.0), dim=-1)
+    x_BD = normalize(torch.where(has_B[:, None], x_BD, 0.0), dim=-1)
     return torch.where(has_B[:, None], x_BD, placeholder_D.to(x_BD.dtype))

@@ -69,3 +69,10 @@ def test_concat_without_an_image_is_the_text_alone() -> None:
         torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2), torch.tensor([True]), torch.tensor([False])
     )
     torch.testing.assert_close(x_BD, torch.tensor([[0.6, 0.8, 0.0, 0.0]]))
+
+
+def test_concat_of_one_modality_is_a_linear_head() -> None:
+    module = build_fusion(FusionConfig(kind="concat", text_dim=6, image_dim=0, dim=8)).eval()
+    text_BT, here = torch.nn.functional.normalize(torch.randn(2, 6), dim=-1), torch.ones(2, dtype=torch.bool)
+    expected = torch.nn.functional.normalize(module.project(text_BT), dim=-1)
+    torch.testing.assert_close(module(text_BT, torch.empty(2, 0), here, ~here), expected)
