@@ -177,3 +177,27 @@ def pairs(
         action=action,
         knobs=parse_knobs(PairKnobs, knobs or {}),
     )
+
+
+@stage_command(
+    app,
+    "features",
+    examples=(
+        "prerank data features --events events.parquet --requests r.parquet -o features/",
+        "prerank data features --events events.parquet --requests r.parquet --items items.parquet "
+        "-o features_all/",
+    ),
+)
+def features(
+    events: Annotated[Path, typer.Option(help="Behaviour log: a Parquet file or a folder of them.")],
+    requests: Annotated[Path, typer.Option(help="Whose users, items and days to answer for.")],
+    items: Annotated[
+        Path | None, typer.Option(help="Catalogue: its items on every day of the requests, too.")
+    ] = None,
+    knobs: dict[str, Any] | None = None,
+) -> Any:
+    """Count what was known of each user and item strictly before each day, and how recent it was."""
+    from prerank_tools.features.stage import FeatureConfig, Features
+
+    config = parse_knobs(FeatureConfig, knobs or {})
+    return Features(events, requests, items=items, config=config)

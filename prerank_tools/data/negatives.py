@@ -36,7 +36,7 @@ def draw_negatives(
     """
     sizes_R = pool.size_at(time_R)
     return [
-        _draw(pool.item_n[:size], np.random.Philox(key=[seed, key]), forbidden, count)
+        _draw(pool.item_n[:size], _bits(seed, key), forbidden, count)
         for size, key, forbidden in zip(sizes_R, keys_R, positives, strict=True)
     ]
 
@@ -83,8 +83,13 @@ class Popularity:
 
 def shuffled(codes: np.ndarray, *, key: int, seed: int) -> np.ndarray:
     """Places of `codes`, sorted by id, in an order that depends on the request's key and the seed alone."""
-    words = np.random.Philox(key=[seed + 1, key]).random_raw(len(codes))
+    words = _bits(seed + 1, key).random_raw(len(codes))
     return np.argsort(codes, kind="stable")[np.argsort(words, kind="stable")]
+
+
+def _bits(seed: int, key: int) -> np.random.Philox:
+    # An array: a list of a small and a large number passes through float64 and loses the key's last bits.
+    return np.random.Philox(key=np.array([seed, key], dtype=np.uint64))
 
 
 def _draw(known: np.ndarray, bits: np.random.Philox, forbidden: np.ndarray, count: int) -> np.ndarray:

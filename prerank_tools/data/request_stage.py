@@ -38,7 +38,7 @@ class RequestKnobs(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     negatives_per_request: int = Field(default=50, ge=1)
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     lag: int = Field(default=0, ge=0)  # seconds between an event's arrival and its use
 
 

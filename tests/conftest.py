@@ -1,0 +1,20 @@
+"""Fixtures for every folder of tests."""
+
+from __future__ import annotations
+
+import polars as pl
+import pytest
+
+from tests import fixtures
+
+
+@pytest.fixture
+def chinese_items() -> pl.DataFrame:
+    """24 items: twelve products under two Chinese wordings each."""
+    return fixtures.chinese_items()
+
+
+@pytest.fixture
+def chinese_events() -> pl.DataFrame:
+    """A log over the Chinese items, with string ids, sessions and queries."""
+    return fixtures.chinese_events()
