@@ -68,8 +68,8 @@ class Codebook:
 
     `meta` holds what changes codes besides the arrays (preprocessing, normalisation; JSON values) and is part
     of the fingerprint, as is `lineage` (`{"encoder": fingerprint}`). `weights` are further arrays (a
-    rotation, an MLP), also fingerprinted. `notes` (seed, iterations, rows fitted) and `stats` (arrays that describe the
-    fit set, for the drift guard) are not.
+    rotation, an MLP), also fingerprinted. `notes` (seed, iterations, rows fitted) and `stats` (arrays that
+    describe the fit set, for the drift guard) are not.
     """
 
     kind: str

@@ -16,7 +16,7 @@ def content_groups(content_N: np.ndarray) -> np.ndarray:
     `content_N` is a matrix of vectors (N, D), compared byte for byte, or one content hash a row (N,).
     """
     content_N = np.asarray(content_N)
-    key_N = _row_hashes(content_N) if content_N.ndim == 2 else content_N
+    key_N = row_hashes(content_N) if content_N.ndim == 2 else content_N
     order_N = np.argsort(key_N, kind="stable")
     same_N = key_N[order_N][1:] == key_N[order_N][:-1]
     if content_N.ndim == 2:
@@ -41,7 +41,7 @@ def list_duplicates(first_N: np.ndarray, *, limit: int | None = None) -> list[np
     return sorted(groups, key=lambda rows: (-len(rows), rows[0]))[:limit]
 
 
-def _row_hashes(x_ND: np.ndarray) -> np.ndarray:
+def row_hashes(x_ND: np.ndarray) -> np.ndarray:
     """A 64-bit hash a row; equal rows hash equal, and what else does is told apart by `_equal_neighbours`."""
     bytes_per_row = x_ND.dtype.itemsize * x_ND.shape[1]
     words = -(-bytes_per_row // 8)
