@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,12 +68,12 @@ class Number(Copy):
             yield Part(frame.with_columns(numbers))
 
 
-def write_items(path: Path, count: int = 10, **columns: Any) -> Path:
+def write_items(path: Path, count: int = 10, first: int = 0, **columns: Any) -> Path:
     """`count` items `i0`, `i1`, ... with titles, and whatever columns a test adds."""
     frame = pl.DataFrame(
         {
-            "item_id": [f"i{n:03d}" for n in range(count)],
-            "title": [f"title {n}" for n in range(count)],
+            "item_id": [f"i{n:03d}" for n in range(first, first + count)],
+            "title": [f"title {n}" for n in range(first, first + count)],
             **columns,
         }
     )
@@ -86,3 +88,17 @@ def tree(folder: Path, *, below: str = "") -> dict[str, bytes]:
     return {
         str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()
     }
+
+
+@dataclass(frozen=True)
+class Dying(Copy):
+    """Copy, but the first process that meets shard `at` is killed on the spot."""
+
+    at: int = 2
+    marker: Path = Path("marker")
+
+    def process(self, shard: Shard, ctx: Context) -> Part:
+        if shard.index == self.at and not self.marker.exists():
+            self.marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().process(shard, ctx)
