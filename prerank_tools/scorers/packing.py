@@ -3,6 +3,7 @@
 # R requests, n candidates over all requests, N items, F features, K tasks
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,6 +62,18 @@ def candidate_rows(offset_R: np.ndarray, chosen_B: np.ndarray) -> tuple[np.ndarr
     request_n = np.repeat(np.arange(len(chosen_B)), size_B)
     within_n = np.arange(len(request_n)) - np.repeat(np.cumsum(size_B) - size_B, size_B)
     return offset_R[chosen_B][request_n] + within_n, request_n
+
+
+def join_requests(parts: Sequence[RequestArrays]) -> RequestArrays:
+    """Several sets of requests, one after the other."""
+    size_R = np.concatenate([np.diff(part.offset_R) for part in parts])
+    return RequestArrays(
+        user_RF=np.concatenate([part.user_RF for part in parts]),
+        offset_R=np.r_[0, np.cumsum(size_R)].astype(np.int64),
+        item_n=np.concatenate([part.item_n for part in parts]),
+        cross_nF=np.concatenate([part.cross_nF for part in parts]),
+        label_nK=np.concatenate([part.label_nK for part in parts]),
+    )
 
 
 def sample_negatives(label_nK: np.ndarray, rate: float, *, seed: int) -> np.ndarray | None:

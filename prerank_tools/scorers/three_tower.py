@@ -2,8 +2,8 @@
 
 The structure follows the course deck 03_Rank_06 (wangshusen/RecommenderSystem); sizes, the exact crosses and
 the split are ours. The first upper layer is linear in the concatenation of the tower outputs, so its product
-with each tower is taken where that tower runs: `a_u = W_u z_u + b` once a request, `a_i = W_i z_i` once an item
-(this is what the cache holds), and only the narrow rest for every candidate. Exact up to float rounding.
+with each tower is taken where that tower runs: `a_u = W_u z_u + b` once a request, `a_i = W_i z_i` once an
+item (this is what the cache holds), and only the narrow rest for every candidate. Exact up to float rounding.
 """
 
 # B requests, n candidates over all requests, m distinct items, F features, C codes, K tasks
@@ -26,16 +26,16 @@ class ThreeTowerConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    code_width: int = Field(8, ge=1)
+    code_width: int = Field(default=8, ge=1)
     user_hidden: tuple[int, ...] = (128,)
     item_hidden: tuple[int, ...] = (128,)
-    user_width: int = Field(64, ge=1)
-    item_width: int = Field(48, ge=1)
-    cross_width: int = Field(32, ge=1)
-    match_width: int = Field(32, ge=1)
-    upper: tuple[int, ...] = Field((64, 32), min_length=1)
-    dropout: float = Field(0.1, ge=0, lt=1)
-    negative_rate: float = Field(1.0, gt=0, le=1)
+    user_width: int = Field(default=64, ge=1)
+    item_width: int = Field(default=48, ge=1)
+    cross_width: int = Field(default=32, ge=1)
+    match_width: int = Field(default=32, ge=1)
+    upper: tuple[int, ...] = Field(default=(64, 32), min_length=1)
+    dropout: float = Field(default=0.1, ge=0, lt=1)
+    negative_rate: float = Field(default=1.0, gt=0, le=1)
 
 
 class InputShape(BaseModel):

@@ -57,7 +57,7 @@ class InputScale(nn.Module):
 
 
 class CodeEmbeddings(nn.Module):
-    """Coded features (SID levels, categories) to their embeddings side by side; code -1 is "unknown"."""
+    """Coded features (SID levels, categories) to their embeddings; codes outside the book are unknown."""
 
     def __init__(self, sizes: Sequence[int], width: int) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class CodeEmbeddings(nn.Module):
         if not len(self.tables):
             return codes_nC.new_zeros((len(codes_nC), 0), dtype=torch.float32)
         rows = [
-            table((codes_nC[:, c] + 1).clamp(0, size))
+            table(torch.where(codes_nC[:, c] < size, codes_nC[:, c] + 1, 0).clamp_min(0))
             for c, (size, table) in enumerate(zip(self.sizes, self.tables, strict=True))
         ]
         return torch.cat(rows, dim=1)
