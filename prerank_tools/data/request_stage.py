@@ -106,7 +106,9 @@ class Requests(Stage):
         log = ctx.table("events")
         late = [name for name in ("ingested_at", "action") if name in log.schema]
         events = log.scan(["item_id", "timestamp", *late]).drop_nulls(["item_id", "timestamp"])
-        bought = _of_action(events.collect(), self.action)
+        if "action" in log.schema:
+            events = events.filter(pl.col("action") == self.action)
+        bought = events.collect()
         ids = bought["item_id"].unique()
         if self.items:
             ids = ctx.table("items").read(["item_id"])["item_id"].drop_nulls().unique()

@@ -70,7 +70,8 @@ class Partition(Stage):
                 f"{_named(_schema(earlier))}",
                 "write the day with the columns of the log it is appended to",
             )
-        if table.digest in [made["digest"] for made in _generations(ctx)]:
+        days = {day["digest"] for day in _generations(table)} or {table.digest}
+        if days & {day["digest"] for day in _generations(earlier)}:
             raise ContractError(f"{table.path}: is in {earlier.path} already", "append each day once")
 
     def plan(self, ctx: Context) -> Sequence[Shard]:
@@ -109,10 +110,12 @@ class Partition(Stage):
     def quality(self, counts: Mapping[str, float], ctx: Context) -> Mapping[str, Any]:
         """How the parts lie, and which rows came in which generation."""
         table = ctx.table("rows")
-        made = {"digest": table.digest, "rows": int(counts["rows_appended"])}
+        # A log that was partitioned before keeps the list of what is in it: compacting forgets no day.
+        new = _generations(table) or [{"digest": table.digest, "rows": int(counts["rows_appended"])}]
+        old = _generations(ctx.table("earlier")) if self.append_to else []
         return {
             "layout": {"by": self.by, "buckets": self._buckets(ctx)},
-            "generations": [*_generations(ctx), made],
+            "generations": [*old, *new],
         }
 
     def data_cutoff(self, ctx: Context) -> int | None:
@@ -247,9 +250,9 @@ def _published(table: Table, number: int) -> dict[str, Any]:
     return {**entry, "path": str((table.path / name).absolute())}
 
 
-def _generations(ctx: Context) -> list[dict[str, Any]]:
-    manifest = ctx.table("earlier").manifest if "earlier" in ctx.inputs else None
-    return list(manifest["quality"]["generations"]) if manifest else []
+def _generations(table: Table) -> list[dict[str, Any]]:
+    """What was appended to a partitioned table, by digest and rows; none where it is not one."""
+    return list((table.manifest or {}).get("quality", {}).get("generations", []))
 
 
 def _schema(table: Table) -> dict[str, pl.DataType]:

@@ -11,7 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prerank_tools.data.stage import Partition
+from prerank_sample_data import sample
+from prerank_tools.data.pair_stage import Pairs
+from prerank_tools.data.request_stage import Requests
+from prerank_tools.data.stage import Partition, Split
 from prerank_tools.errors import ConflictError, ContractError
 from prerank_tools.run.job import Result, RunOptions, run
 from prerank_tools.tables import partition as sorter
@@ -213,6 +216,46 @@ def test_seven_live_nights_equal_one_backfill(
     assert read_all(live).equals(read_all(folder / "backfill"))
     marked = late_by_definition(log)
     assert late_users == marked
+
+
+def test_what_is_made_from_seven_nights_is_made_from_one_backfill(tmp_path: Path) -> None:
+    log = pl.read_parquet(sample("retail_events")).filter(
+        pl.col("timestamp").is_between(1_320_000_000, 1_320_000_000 + 7 * DAY - 1)
+    )
+    delay = pl.Series([(row * 7919) % 3 * DAY for row in range(len(log))])
+    log = log.with_columns(ingested_at=pl.col("timestamp") + delay)
+    log.write_parquet(tmp_path / "all.parquet")
+    make(Partition(tmp_path / "all.parquet", buckets=3), tmp_path / "backfill")
+    live: Path | None = None
+    for night in sorted((log["ingested_at"] // DAY).unique()):
+        log.filter(pl.col("ingested_at") // DAY == night).write_parquet(tmp_path / f"{night}.parquet")
+        make(Partition(tmp_path / f"{night}.parquet", buckets=3, append_to=live), tmp_path / f"night-{night}")
+        live = tmp_path / f"night-{night}"
+    assert live is not None
+    cut = 1_320_000_000 + 4 * DAY
+    for name, on in {
+        "split": lambda events: Split(events, at=cut),
+        "requests": lambda events: Requests(events, start=cut),
+        "pairs": lambda events: Pairs(("copurchase",), events=events, until=cut),
+    }.items():
+        nightly = run(on(live), tmp_path / f"{name}-live", ONE).manifest
+        backfill = run(on(tmp_path / "backfill"), tmp_path / f"{name}-backfill", ONE).manifest
+        assert nightly is not None
+        assert backfill is not None
+        assert nightly.content_digest == backfill.content_digest
+        assert nightly.quality == backfill.quality
+
+
+def test_compacting_joins_the_nights_and_forgets_none(tmp_path: Path) -> None:
+    first = write(tmp_path / "1.parquet", [(1, 1, 10, 1.0)])
+    second = write(tmp_path / "2.parquet", [(1, 2, 5, 1.0)])
+    make(Partition(first, buckets=2), tmp_path / "day1")
+    make(Partition(second, append_to=tmp_path / "day1"), tmp_path / "day2")
+    make(Partition(tmp_path / "day2", buckets=2), tmp_path / "compact")
+    assert len(list((tmp_path / "compact" / "data").glob("part-*"))) == 2
+    assert read_all(tmp_path / "compact").equals(read_all(tmp_path / "day2"))
+    with pytest.raises(ContractError, match="already"):
+        make(Partition(second, append_to=tmp_path / "compact"), tmp_path / "day3")
 
 
 def late_by_definition(log: pl.DataFrame) -> set[object]:
