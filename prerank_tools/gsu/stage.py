@@ -1,0 +1,329 @@
+"""`gsu topk`: the K behaviours of a user's past nearest to each candidate, and their SimTier histogram."""
+# M candidates, K kept, S recent, U distinct items of a shard
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import polars as pl
+from pydantic import BaseModel, ConfigDict, Field
+
+from prerank_tools.errors import ContractError, UsageError
+from prerank_tools.gsu.frames import Search, flat_requests, search_of
+from prerank_tools.gsu.modes import topk_by_ids, topk_by_prefix
+from prerank_tools.gsu.output import Emit, gsu_frame
+from prerank_tools.gsu.search import TopK, topk
+from prerank_tools.gsu.simtier import TIERS
+from prerank_tools.gsu.vectors import ItemVectors, is_large, map_vectors, open_mapped, read_vectors
+from prerank_tools.stage import Context, Part, Shard, Stage
+from prerank_tools.tables.bucketing import hash_ids
+from prerank_tools.tables.contracts import split_rows
+from prerank_tools.tables.events import EventLog, bucket_requests, open_events
+from prerank_tools.tables.vectors import vectors_to_numpy
+
+Mode = Literal["cosine", "sim-soft", "sim-hard", "sid-prefix"]
+SHARD_BYTES = 256 << 20  # of output rows a shard holds in memory
+TIER_BYTES = 2 * TIERS + 4 + 16
+
+
+class GsuConfig(BaseModel):
+    """How many behaviours to keep (MUSE: 50), how many recent ones to count (50), the log's lag (s)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    k: int = Field(default=50, ge=1, le=255)
+    recent: int = Field(default=50, ge=0, le=255)
+    lag: int = Field(default=0, ge=0)
+
+
+@dataclass(frozen=True)
+class GsuTopK(Stage):
+    """gsu_topk: request_id, item_id, has_vector, n_valid; top-K lists and raw SimTier counts as `emit` says.
+
+    A shard is one bucket of users, or a slice of it where requests hold many candidates.
+    """
+
+    name: ClassVar[str] = "gsu.topk"
+    output: ClassVar[str] = "gsu_topk"
+    sort_key: ClassVar[tuple[str, ...]] = ("request_id", "item_id")
+
+    requests: Path
+    events: Path
+    embeddings: Path
+    mode: Mode = "cosine"
+    emit: Emit = "both"
+    id_embeddings: Path | None = None
+    items: Path | None = None
+    category: str = "category"
+    sids: Path | None = None
+    missing: Literal["zero", "fail"] = "zero"
+    config: GsuConfig = field(default_factory=GsuConfig)
+
+    def inputs(self) -> Mapping[str, tuple[Path, str]]:
+        """The requests, the log, the vectors, and what the mode needs beside them."""
+        found = {
+            "requests": (self.requests, "requests"),
+            "events": (self.events, "events"),
+            "embeddings": (self.embeddings, "item_embeddings"),
+        }
+        role, path, contract = self._measure()
+        if role and path is None:
+            raise UsageError(
+                f"--mode {self.mode} needs --{role.replace('_', '-')}", f"add --{role.replace('_', '-')} PATH"
+            )
+        return found | ({role: (path, contract)} if role and path else {})
+
+    def params(self) -> Mapping[str, Any]:
+        """Mode, what is emitted, K and the lag; the category column where it counts."""
+        chosen = {
+            "mode": self.mode,
+            "emit": self.emit,
+            "missing": self.missing,
+            **self.config.model_dump(mode="json"),
+        }
+        return chosen | ({"category": self.category} if self.mode == "sim-hard" else {})
+
+    def check(self, ctx: Context) -> None:
+        """Refuse ids of two types, and a category column that is not there."""
+        for role, column in (("events", "user_id"), ("events", "item_id"), ("embeddings", "item_id")):
+            asked = ctx.table("requests").scan().collect_schema()
+            mine = asked[column] if column in asked else asked["candidates"].inner  # type: ignore[attr-defined]
+            found = ctx.table(role).scan([column]).collect_schema()[column]
+            if found != mine:
+                raise ContractError(
+                    f"{ctx.table(role).path}: `{column}` is {found}, in {self.requests} it is {mine}",
+                    "cast one of them to the other",
+                )
+        if self.mode == "sim-hard" and self.category not in ctx.table("items").schema:
+            raise ContractError(
+                f"{self.items}: no column `{self.category}`", "name it with --category-column"
+            )
+
+    def prepare(self, ctx: Context) -> None:
+        """Map a catalogue that is too large to hold in every worker."""
+        for role in self._vector_roles():
+            if is_large(ctx.table(role)):
+                map_vectors(ctx.table(role), ctx.scratch / role)
+
+    def plan(self, ctx: Context) -> Sequence[Shard]:
+        """One shard a bucket of users; several where a bucket's rows would not fit in memory."""
+        log = open_events(ctx.table("events"))
+        slices = -(-self._bytes(ctx) // (SHARD_BYTES * log.buckets))
+        return [
+            Shard(
+                index,
+                str(self.events),
+                0,
+                shard.rows // slices,
+                {**shard.extra, "slice": part, "slices": slices},
+            )
+            for index, (shard, part) in enumerate((s, p) for s in log.shards() for p in range(slices))
+        ]
+
+    def process(self, shard: Shard, ctx: Context) -> Part:
+        """Search the users of one bucket."""
+        requests, bad = self._requests(shard, ctx)
+        asked = flat_requests(requests)
+        search = search_of(asked, _log(ctx).read(shard.extra["bucket"]), lag=self.config.lag)
+        found, has_vector_M = self._search(search, ctx)
+        counts = _counts(requests, search, found, has_vector_M)
+        frame = gsu_frame(search, found, has_vector_M, self.emit)
+        counts["rows_in"] = len(requests) + len(bad)
+        if shard.index == 0:
+            unusable, rows = self._unusable(ctx)
+            bad = pl.concat([bad, unusable], how="diagonal_relaxed")
+            counts["rows_in"] += rows
+        return Part(frame, bad, counts)
+
+    def quality(self, counts: Mapping[str, float], ctx: Context) -> Mapping[str, Any]:
+        """Shares of what was found and what was missing."""
+        if self.missing == "fail":
+            _forbid(counts)
+        rows = max(1, counts["candidates"])
+        return {
+            "cold_share": counts["cold"] / rows,
+            "without_vector_share": counts["without_vector"] / rows,
+            "full_share": counts["full"] / rows,
+            "mean_top_sim": counts["top_sim"] / max(1, counts["found"]),
+        }
+
+    def data_cutoff(self, ctx: Context) -> int | None:
+        """The log is read as of each request's own time and leaves no trace of later; vectors may."""
+        cutoffs = [table.data_cutoff for role, table in ctx.inputs.items() if role != "events"]
+        return max((cutoff for cutoff in cutoffs if cutoff is not None), default=None)
+
+    def estimate(self, ctx: Context, shards: Sequence[Shard]) -> Mapping[str, Any]:
+        """Bytes before compression: lists of K are about twenty times the histograms."""
+        candidates = _candidates(ctx)
+        lists, tiers = candidates * self.config.k * 14, candidates * TIER_BYTES
+        return {
+            "candidates": candidates,
+            "bytes_out": self._bytes(ctx),
+            "bytes_if": {
+                "emit topk": lists + candidates * 16,
+                "emit simtier": tiers,
+                "emit both": lists + tiers,
+            },
+            "memory_bytes": SHARD_BYTES + sum(_held(ctx, role) for role in self._vector_roles()),
+        }
+
+    def _measure(self) -> tuple[str, Path | None, str]:
+        return {
+            "cosine": ("", None, ""),
+            "sim-soft": ("id_embeddings", self.id_embeddings, "item_embeddings"),
+            "sim-hard": ("items", self.items, "items"),
+            "sid-prefix": ("sids", self.sids, "item_sids"),
+        }[self.mode]
+
+    def _vector_roles(self) -> list[str]:
+        return ["embeddings", *(["id_embeddings"] if self.mode == "sim-soft" else [])]
+
+    def _bytes(self, ctx: Context) -> int:
+        row = {
+            "topk": self.config.k * 14 + 16,
+            "simtier": TIER_BYTES,
+            "both": self.config.k * 14 + TIER_BYTES,
+        }
+        return _candidates(ctx) * row[self.emit]
+
+    def _requests(self, shard: Shard, ctx: Context) -> tuple[pl.DataFrame, pl.DataFrame]:
+        source = bucket_requests(ctx.table("requests"), _log(ctx).buckets)
+        column = "candidates" if "candidates" in ctx.table("requests").schema else "item_id"
+        columns = ["request_id", "user_id", "timestamp", column]
+        frame = source.read(shard.extra["bucket"], columns)
+        if shard.index == 0:
+            # A row without a user is in no bucket; the first shard reports it.
+            nobody = ctx.table("requests").scan(columns).filter(pl.col("user_id").is_null()).collect()
+            frame = pl.concat([frame, nobody])
+        good, bad = split_rows(frame, "requests")
+        slice_N = hash_ids(good["user_id"]) // np.uint64(source.buckets) % np.uint64(shard.extra["slices"])
+        mine = pl.Series(slice_N == shard.extra["slice"], dtype=pl.Boolean)
+        return good.filter(mine), bad if shard.extra["slice"] == 0 else bad.clear()
+
+    def _search(self, search: Search, ctx: Context) -> tuple[TopK, np.ndarray]:
+        """What the mode finds, in the order of the search, and which candidates have a vector."""
+        table_VD, row_U = self._vectors("embeddings", ctx).gather(search.items)
+        groups = search.with_rows(row_U)
+        k, recent = self.config.k, self.config.recent if self.emit != "topk" else 0
+        if self.mode == "cosine":
+            backend: Any = "cuda" if ctx.device == "cuda" else "numba"
+            found = topk(table_VD, groups, k=k, recent=recent, threads=ctx.threads, backend=backend)
+        elif self.mode == "sim-soft":
+            id_UE = _by_row(*self._vectors("id_embeddings", ctx).gather(search.items), row_U, len(table_VD))
+            found = topk_by_ids(id_UE, table_VD, groups, k=k, recent=recent, threads=ctx.threads)
+        else:
+            codes_U = self._codes(search.items, ctx)
+            found = topk_by_prefix(
+                _by_row(codes_U, np.arange(len(row_U)), row_U, len(table_VD)),
+                table_VD,
+                groups,
+                k=k,
+                recent=recent,
+            )
+        return found, groups.candidate_rows_M >= 0
+
+    def _codes(self, items: pl.Series, ctx: Context) -> np.ndarray:
+        """(U, L) codes to match: a category as one level, or the SID; -1 where an item has none."""
+        if self.mode == "sim-hard":
+            found = ctx.table("items").scan(["item_id", self.category]).drop_nulls().collect()
+            level = found.select("item_id", pl.col(self.category).rank("dense").cast(pl.Int64).alias("codes"))
+            codes = (
+                items.alias("item_id").to_frame().join(level, on="item_id", how="left", maintain_order="left")
+            )
+            return codes["codes"].fill_null(-1).to_numpy()[:, None]
+        found = (
+            ctx.table("sids")
+            .scan(["item_id", "codes"])
+            .filter(pl.col("item_id").is_in(items.implode()))
+            .collect()
+        )
+        levels = found["codes"].dtype.size  # type: ignore[attr-defined]
+        code_UL = np.full((len(items), levels), -1, dtype=np.int64)
+        at = found.select("item_id").join(
+            items.alias("item_id").to_frame().with_row_index("at"),
+            on="item_id",
+            how="left",
+            maintain_order="left",
+        )
+        code_UL[at["at"].to_numpy()] = vectors_to_numpy(found["codes"])
+        return code_UL
+
+    def _vectors(self, role: str, ctx: Context) -> ItemVectors:
+        return self._opened(role, ctx)[0]
+
+    def _opened(self, role: str, ctx: Context) -> tuple[ItemVectors, pl.DataFrame]:
+        if role not in ctx.cache:
+            table = ctx.table(role)
+            ctx.cache[role] = open_mapped(ctx.scratch / role) if is_large(table) else read_vectors(table)
+        opened: tuple[ItemVectors, pl.DataFrame] = ctx.cache[role]
+        return opened
+
+    def _unusable(self, ctx: Context) -> tuple[pl.DataFrame, int]:
+        """Rows of the vector tables that cannot be used, and how many rows those tables have."""
+        roles = self._vector_roles()
+        bad = pl.concat([self._opened(role, ctx)[1] for role in roles], how="vertical_relaxed")
+        return bad, sum(ctx.table(role).rows for role in roles)
+
+
+def _by_row(values_XY: np.ndarray, value_row_U: np.ndarray, row_U: np.ndarray, rows: int) -> np.ndarray:
+    """Values of items, moved to the rows of another table; zeros (codes: -1) where an item has none."""
+    moved = np.full(
+        (rows, values_XY.shape[1]), -1 if values_XY.dtype == np.int64 else 0, dtype=values_XY.dtype
+    )
+    both = (row_U >= 0) & (value_row_U >= 0)
+    moved[row_U[both]] = values_XY[value_row_U[both]]
+    return moved
+
+
+def _counts(
+    requests: pl.DataFrame, search: Search, found: TopK, has_vector_M: np.ndarray
+) -> dict[str, int | float]:
+    kept_M = (found.positions_MK >= 0).sum(1)
+    return {
+        "requests": requests["request_id"].n_unique(),
+        "candidates": len(has_vector_M),
+        "cold": int((search.groups.visible_M == 0).sum()),
+        "without_vector": int((~has_vector_M).sum()),
+        "found": int((kept_M > 0).sum()),
+        "full": int((kept_M == found.positions_MK.shape[1]).sum()),
+        "top_sim": float(found.sims_MK[kept_M > 0, 0].astype(np.float64).sum()),
+    }
+
+
+def _forbid(counts: Mapping[str, float]) -> None:
+    cold, without = int(counts["cold"]), int(counts["without_vector"])
+    if cold or without:
+        raise ContractError(
+            f"--missing fail: {cold} candidates of users without a past, {without} without a vector",
+            "embed those items, or allow them: --missing zero",
+        )
+
+
+def _log(ctx: Context) -> EventLog:
+    if "log" not in ctx.cache:
+        ctx.cache["log"] = open_events(ctx.table("events"))
+    log: EventLog = ctx.cache["log"]
+    return log
+
+
+def _candidates(ctx: Context) -> int:
+    """Candidates of all requests."""
+    if "candidates" not in ctx.cache:
+        table = ctx.table("requests")
+        listed = "candidates" in table.schema
+        ctx.cache["candidates"] = (
+            table.scan(["candidates"]).select(pl.col("candidates").list.len().sum()).collect().item()
+            if listed
+            else table.rows
+        )
+    return int(ctx.cache["candidates"])
+
+
+def _held(ctx: Context, role: str) -> int:
+    from prerank_tools.gsu.vectors import MAPPED_BYTES, row_bytes
+
+    return min(MAPPED_BYTES, ctx.table(role).rows * row_bytes(ctx.table(role)))
