@@ -77,7 +77,9 @@ def stored_statistics(
     """The same from a table of `data features`: the latest row with `as_of` <= T; none is no past."""
     names = statistic_names()
     wanted = asked.select(key, pl.col(time).alias("as_of")).with_row_index("at").sort("as_of")
-    joined = wanted.join_asof(features.sort("as_of"), on="as_of", by=key, strategy="backward").sort("at")
+    joined = wanted.join_asof(
+        features.sort("as_of"), on="as_of", by=key, strategy="backward", check_sortedness=False
+    ).sort("at")
     nothing = {name: -1 if name == "recency_s" else 0 for name in names}
     return np.stack([joined[n].fill_null(nothing[n]).to_numpy() for n in names], axis=1).astype(np.int64)
 
@@ -167,7 +169,9 @@ def user_vectors(users: pl.DataFrame, requests: pl.DataFrame) -> np.ndarray:
     keys = usable.select("user_id", "as_of").with_row_index("row")
     x_VD = vectors_to_numpy(usable["embedding"]).astype(np.float32)
     wanted = requests.select("user_id", pl.col("timestamp").alias("as_of")).with_row_index("at").sort("as_of")
-    row_R = wanted.join_asof(keys, on="as_of", by="user_id", strategy="backward").sort("at")["row"]
+    row_R = wanted.join_asof(
+        keys, on="as_of", by="user_id", strategy="backward", check_sortedness=False
+    ).sort("at")["row"]
     warm_R = row_R.is_not_null().to_numpy()
     found_RD = np.zeros((len(requests), x_VD.shape[1] + 1), dtype=np.float32)
     found_RD[warm_R, :-1] = x_VD[row_R.drop_nulls().to_numpy()]
