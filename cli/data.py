@@ -19,6 +19,13 @@ Contract = Annotated[str, typer.Option(help="What the table is; told from its co
 Action = Annotated[str, typer.Option(help="The behaviour that counts as a positive.")]
 
 
+class Keyed(StrEnum):
+    """Tables that later stages read user by user."""
+
+    events = "events"
+    requests = "requests"
+
+
 class Negatives(StrEnum):
     """How negatives are drawn."""
 
@@ -84,12 +91,12 @@ def partition(
         Path | None,
         typer.Option(help="An earlier partition: its parts are linked, only the new rows are written."),
     ] = None,
-    contract: Annotated[str, typer.Option(help="events or requests.")] = "events",
+    contract: Annotated[Keyed, typer.Option(help="What the rows are.")] = Keyed.events,
 ) -> Any:
     """Sort a log into buckets of users, in bounded memory; append a day to an earlier one."""
     from prerank_tools.data.stage import Partition
 
-    return Partition(rows, by=by, buckets=buckets, append_to=append_to, contract=contract)
+    return Partition(rows, by=by, buckets=buckets, append_to=append_to, contract=contract.value)
 
 
 @stage_command(

@@ -17,8 +17,12 @@ from prerank_tools.stage import Context, Part, Shard, Stage
 from prerank_tools.tables.bucketing import default_buckets, layout, part_number
 from prerank_tools.tables.contracts import split_rows
 from prerank_tools.tables.events import ORDER, EventLog, open_events, sort_rows
-from prerank_tools.tables.partition import gather, gather_bad, scatter
+from prerank_tools.tables.partition import BATCH_ROWS, RUN_ROWS, gather, gather_bad, scatter
 from prerank_tools.tables.table import Table
+
+# Measured (benchmarks/results/partition.md): sorted rows compress to this share of the same rows unsorted,
+# copies of a run that are held at once, and what the libraries take before the first row.
+SORTED_SHARE, COPIES, IDLE_BYTES = 0.8, 3.5, 56 << 20
 
 ROW_NAME = {"events": "item_id", "requests": "request_id"}  # what tells rows of one user and time apart
 
@@ -83,8 +87,9 @@ class Partition(Stage):
             Shard(part_number(part), str(part), 0, rows, {"earlier": True})
             for part, rows in zip(earlier.parts if earlier else (), counts, strict=True)
         ]
-        first, share = len(kept), ctx.table("rows").rows // buckets
-        return kept + [Shard(first + bucket, "", 0, share, {"bucket": bucket}) for bucket in range(buckets)]
+        first, rows = len(kept), ctx.table("rows").rows
+        share = [rows // buckets + (bucket < rows % buckets) for bucket in range(buckets)]
+        return kept + [Shard(first + n, "", 0, share[n], {"bucket": n}) for n in range(buckets)]
 
     def prepare(self, ctx: Context) -> None:
         """Scatter the new rows into runs on the output's filesystem."""
@@ -124,8 +129,15 @@ class Partition(Stage):
         return max((time for time in times if time is not None), default=None)
 
     def estimate(self, ctx: Context, shards: Sequence[Shard]) -> Mapping[str, Any]:
-        """Bytes of the new parts, about those of the input."""
-        return {"bytes_out": sum(size for _, size, _ in ctx.table("rows").stamps)}
+        """Rows and bytes of the new parts, and the memory of one run or of a bucket of the usual size."""
+        table = ctx.table("rows")
+        sample = table.scan().head(BATCH_ROWS).collect()
+        held = min(table.rows, max(RUN_ROWS, table.rows // self._buckets(ctx)))
+        return {
+            "rows_out": sum(shard.rows for shard in shards),
+            "bytes_out": int(sum(size for _, size, _ in table.stamps) * SORTED_SHARE),
+            "memory_bytes": int(IDLE_BYTES + held * COPIES * sample.estimated_size() / len(sample)),
+        }
 
     @property
     def output(self) -> str:  # type: ignore[override]

@@ -102,7 +102,9 @@ def bucketed(table: Table, *, by: str = "user_id", buckets: int | None = None) -
         raise ContractError(
             f"{table.path}: {table.rows} rows, not in {buckets or 'any'} buckets of `{by}`",
             f"prerank data partition {table.path} --by {by}"
-            f"{f' --buckets {buckets}' if buckets else ''} -o {table.path.stem}_by_{by}/",
+            f"{f' --buckets {buckets}' if buckets else ''}"
+            f"{f' --contract {table.contract}' if table.contract != 'events' else ''}"
+            f" -o {table.path.stem}_by_{by}/",
         )
     return Bucketed(table, by, buckets or default_buckets(table.rows), False)
 

@@ -278,3 +278,38 @@ def test_two_workers_write_the_same_bytes(tmp_path: Path) -> None:
     assert one.manifest is not None
     assert two.manifest is not None
     assert one.manifest.content_digest == two.manifest.content_digest
+
+
+def test_a_killed_partition_goes_on_and_ends_in_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    days = [
+        write(tmp_path / f"{day}.parquet", [(n % 17, n % 5, day * 100 + n % 50, 1.0 * n) for n in range(60)])
+        for day in range(2)
+    ]
+    make(Partition(days[0], buckets=4), tmp_path / "day1")
+    stage = Partition(days[1], append_to=tmp_path / "day1")
+    whole = make(stage, tmp_path / "whole")
+
+    def killed(folder: Path, bucket: int, *, order: tuple[str, ...]) -> pl.DataFrame:
+        if bucket == 2:
+            raise KeyboardInterrupt
+        return sorter.gather(folder, bucket, order=order)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("prerank_tools.data.stage.gather", killed)
+        with pytest.raises(KeyboardInterrupt):
+            make(stage, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr("prerank_tools.data.stage.scatter", None)  # it finished, and is not called again
+    resumed = make(stage, tmp_path / "out")
+    assert resumed.manifest is not None
+    assert whole.manifest is not None
+    assert resumed.manifest.content_digest == whole.manifest.content_digest
+
+
+def test_a_dry_run_says_what_would_be_written(tmp_path: Path) -> None:
+    log = write(tmp_path / "log.parquet", [(n % 17, n % 5, n, 1.0 * n) for n in range(300)])
+    plan = make(Partition(log, buckets=3), tmp_path / "out", replace(ONE, dry_run=True)).plan
+    assert (plan["shards"], plan["rows_in"], plan["rows_out"]) == (3, 300, 300)
+    assert not (tmp_path / "out").exists()

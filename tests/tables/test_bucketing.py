@@ -123,7 +123,13 @@ def test_a_large_log_is_refused_with_the_line_to_type(
     with pytest.raises(ContractError) as caught:
         bucketed(table, buckets=8)
     assert "prerank data partition" in caught.value.hint
-    assert "--by user_id --buckets 8" in caught.value.hint
+    assert "--by user_id --buckets 8 -o" in caught.value.hint
+    asked = tmp_path / "requests.parquet"
+    rows = {"request_id": [1, 2, 3], "user_id": [1, 2, 3], "timestamp": [1, 2, 3], "item_id": [1, 2, 3]}
+    pl.DataFrame(rows).write_parquet(asked)
+    with pytest.raises(ContractError) as caught:
+        bucket_requests(open_table(asked, "requests"), 8)
+    assert "--buckets 8 --contract requests -o" in caught.value.hint
 
 
 def test_default_buckets_grow_with_the_rows() -> None:
