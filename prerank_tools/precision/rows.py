@@ -36,6 +36,11 @@ class Rows:
     scale_N: np.ndarray
     offset_N: np.ndarray | None = None
 
+    @property
+    def bytes_a_row(self) -> int:
+        """Codes and float32 scale and offset."""
+        return self.codes_NW.shape[1] + 4 * (1 + (self.offset_N is not None))
+
 
 def encode(x_ND: np.ndarray, *, format: RowFormat) -> Rows:
     """Pack finite rows; raises ValueError where a value is NaN or infinite."""

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from prerank_tools.users.batches import TrainBatch
 from prerank_tools.users.llatte import UserModel
+from prerank_tools.users.tokens import rms
 
 
 class DhenLayer(nn.Module):
@@ -61,7 +62,7 @@ class Backbone(nn.Module):
     def forward(self, summary_BSs: Tensor, item_BKp: Tensor, content_BKC: Tensor) -> Tensor:
         candidates = content_BKC.shape[1]
         user_BKSw = self.summary(summary_BSs)[:, None].expand(-1, candidates, -1, -1)
-        item_BK2w = torch.stack([self.item(item_BKp), self.content(content_BKC)], dim=2)
+        item_BK2w = torch.stack([self.item(item_BKp), self.content(rms(content_BKC))], dim=2)
         x_Rmw = (torch.cat([user_BKSw, item_BK2w], dim=2) + self.place).flatten(0, 1)
         for layer in self.layers:
             x_Rmw = layer(x_Rmw)

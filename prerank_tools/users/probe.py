@@ -27,14 +27,16 @@ def crossfit_hits(
 
     Items are scored by the cosine with the predicted vector, both centred on the mean of the items.
     """
-    unit_IE = _unit(item_IE - item_IE.mean(axis=0))
+    unit_IE = unit(item_IE - item_IE.mean(axis=0))
     target_SE = np.stack([unit_IE[items].mean(axis=0) for items in bought])
     fold_S = np.random.default_rng(seed).permutation(len(x_SD)) % folds
     hit_S = np.zeros(len(x_SD), dtype=bool)
     for fold in range(min(folds, len(x_SD))):
         held = fold_S == fold
         predict = fit(x_SD[~held], target_SE[~held], ridge=ridge)
-        hit_S[held] = hits(predict(x_SD[held]) @ unit_IE.T, [bought[int(i)] for i in np.flatnonzero(held)], k=k)
+        hit_S[held] = hits(
+            predict(x_SD[held]) @ unit_IE.T, [bought[int(i)] for i in np.flatnonzero(held)], k=k
+        )
     return hit_S
 
 
@@ -67,5 +69,6 @@ def hits(score_SI: np.ndarray, bought: Sequence[np.ndarray], *, k: int = 10) -> 
     )
 
 
-def _unit(x_ND: np.ndarray) -> np.ndarray:
+def unit(x_ND: np.ndarray) -> np.ndarray:
+    """Rows at length one; a zero row stays zero."""
     return x_ND / np.maximum(np.linalg.norm(x_ND, axis=1, keepdims=True), 1e-12)

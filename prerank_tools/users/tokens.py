@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 HOUR, DAY, WEEK = 3600.0, 86400.0, 604800.0
 META = 2  # log1p(value), log1p(duration)
@@ -68,7 +69,7 @@ class EventTokens(nn.Module):
             self.action(events.action_BT),
             self.item(events.item_BT),
             self.surface(events.surface_BT),
-            self.content(events.content_BTC),
+            self.content(rms(events.content_BTC)),
             self.time(clock(age_BT, events.time_BT, dtype=events.content_BTC.dtype)),
             self.meta(events.meta_BTM),
         ]
@@ -88,6 +89,11 @@ class QueryTokens(nn.Module):
 
     def forward(self, user_BF: Tensor) -> Tensor:
         return self.learned + self.mlp(user_BF).unflatten(-1, self.shape)
+
+
+def rms(content: Tensor) -> Tensor:
+    """Content embeddings at unit mean square: a unit vector's numbers would be too small to be heard."""
+    return functional.rms_norm(content, content.shape[-1:])
 
 
 def age_of(events: Events) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from accelerate.utils import send_to_device
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from prerank_tools.data.stage import basket_codes
 from prerank_tools.errors import ContractError
 from prerank_tools.metrics.probability import normalized_entropy
 from prerank_tools.metrics.ranking import auc
@@ -159,19 +160,15 @@ class TrainUser(Stage):
     def _read(self, ctx: Context) -> tuple[pl.DataFrame, np.ndarray | None]:
         """All events as of `until`, user by user; and each one's basket number where the log names it."""
         log = open_events(ctx.table("events"))
-        columns = columns_of(log.table, "basket_id")
+        columns = columns_of(log.table, "basket_id", "session_id")
         frames = [self._some_users(self._bucket(log, bucket, columns)) for bucket in range(log.buckets)]
         frame = pl.concat(frames)
         if not len(frame):
             raise ContractError(
                 f"{self.events}: no event before {self.until}", "give a later --until, or an older log"
             )
-        if "basket_id" not in frame.columns:
-            return frame, None
-        named = pl.struct(
-            "user_id", pl.coalesce(pl.col("basket_id").cast(pl.String), pl.col("timestamp").cast(pl.String))
-        )
-        return frame, frame.select(named.rank("dense").cast(pl.Int64) - 1).to_series().to_numpy()
+        named = {"basket_id", "session_id"} & set(frame.columns)
+        return frame, basket_codes(frame) if named else None
 
     def _bucket(self, log: EventLog, bucket: int, columns: list[str]) -> pl.DataFrame:
         frame = log.read(bucket, columns)
