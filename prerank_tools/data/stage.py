@@ -230,7 +230,10 @@ def basket_codes(events: pl.DataFrame) -> np.ndarray:
 
     Events with neither make one basket of what a user did at one time.
     """
-    named = [pl.col(name).cast(pl.String) for name in ("basket_id", "session_id") if name in events.columns]
+    # With its column in front, so that basket 7 and session 7 are two.
+    named = [
+        pl.format(f"{name} {{}}", name) for name in ("basket_id", "session_id") if name in events.columns
+    ]
     basket = pl.coalesce(*named, pl.format("@{}", "timestamp"))
     first = pl.col("row").first().over("user_id", basket)
     first_n = events.with_row_index("row").select(first)["row"].to_numpy()

@@ -51,7 +51,7 @@ def test_baskets_are_told_by_basket_then_session_then_time() -> None:
             "user_id": [1, 1, 1, 2, 1, 1],
             "timestamp": [1, 2, 3, 3, 4, 4],
             "basket_id": ["b", "b", None, None, None, None],
-            "session_id": [None, None, 7, 7, None, None],
+            "session_id": [None, None, "b", "b", None, None],
         }
     )
     assert basket_codes(log).tolist() == [0, 0, 1, 2, 3, 3]
