@@ -22,7 +22,8 @@ class Drift:
     items: int
     psi_L: tuple[float, ...]
     chance_L: tuple[float, ...]  # 99th percentile of the PSI of as many items drawn from the fit set
-    distance_L: tuple[float, ...]  # mean distance to the level's centroid, over that of the fit set
+    distance_L: tuple[float, ...]  # mean distance to the level's centroid, over the reference's
+    distance_chance_L: tuple[float, ...]  # what three standard errors of that ratio reach
 
     @property
     def excess(self) -> float:
@@ -31,8 +32,9 @@ class Drift:
 
     @property
     def farther(self) -> float:
-        """The largest distance ratio of a level."""
-        return max(self.distance_L)
+        """The largest distance ratio of a level, less what chance explains of it."""
+        both = zip(self.distance_L, self.distance_chance_L, strict=True)
+        return max(ratio - (chance - 1.0) for ratio, chance in both)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -44,11 +46,16 @@ class Drift:
 
 
 def fit_stats(codes_NL: np.ndarray, error_NL: np.ndarray, sizes: Sequence[int]) -> dict[str, np.ndarray]:
-    """What the drift guard needs of the fit set: uses of every code, mean squared distance at every level."""
+    """What the drift guard holds new items against: uses of every code, distances at every level.
+
+    `error_NL` are squared distances of items that the codebook was not fitted on, where it follows single
+    items: a codebook with few items a code lies closer to those than to any other.
+    """
     stats: dict[str, np.ndarray] = {
         f"uses.{level:02d}": uses_K for level, uses_K in enumerate(uses(codes_NL, sizes))
     }
-    return stats | {"distance": np.sqrt(error_NL.mean(axis=0, dtype=np.float64))}
+    distance_NL = np.sqrt(error_NL.astype(np.float64))
+    return stats | {"distance": distance_NL.mean(axis=0), "spread": distance_NL.std(axis=0)}
 
 
 def measure_drift(
@@ -67,8 +74,11 @@ def measure_drift(
         psi_L.append(float(psi(new_K[None], fit_K)[0]))
         chance_L.append(float(np.quantile(psi(draw_SK, fit_K), 0.99)))
     base_L = np.maximum(stats["distance"], 1e-12)
-    ratio_L = np.sqrt(error_NL.mean(axis=0, dtype=np.float64)) / base_L
-    return Drift(len(codes_NL), tuple(psi_L), tuple(chance_L), tuple(float(ratio) for ratio in ratio_L))
+    ratio_L = np.sqrt(error_NL.astype(np.float64)).mean(axis=0) / base_L
+    luck_L = 1.0 + 3.0 * stats["spread"] / base_L / np.sqrt(len(error_NL))
+    return Drift(
+        len(codes_NL), tuple(psi_L), tuple(chance_L), tuple(ratio_L.tolist()), tuple(luck_L.tolist())
+    )
 
 
 def psi(new_SK: np.ndarray, fit_K: np.ndarray) -> np.ndarray:

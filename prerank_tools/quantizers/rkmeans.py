@@ -48,12 +48,12 @@ class RKMeans:
         On CPU the centroids are those of a plain loop over `faiss.Kmeans(D, K, niter=iterations, seed=seed)`,
         its search, and subtraction. Raises ContractError where a level has more codes than there are rows.
         """
-        r_ND = self._prepared(x_ND)
+        r_ND = self.prepared(x_ND)
         check_rows(len(r_ND), self.sizes)
         codebooks, lengths = [], np.ones(len(r_ND))
         self.scale_L = np.ones(len(self.sizes))
-        for level, size in enumerate(self.sizes):
-            codebook_KD, code_N = self._fit_level(r_ND, size, seed=seed, threads=threads, device=device)
+        for level in range(len(self.sizes)):
+            codebook_KD, code_N = self._fit_level(r_ND, level, seed=seed, threads=threads, device=device)
             codebooks.append(codebook_KD)
             r_ND = r_ND - codebook_KD[code_N]
             if self.residual_norm and level + 1 < len(self.sizes):
@@ -67,7 +67,7 @@ class RKMeans:
 
     def encode(self, x_ND: np.ndarray, *, threads: int = 2, device: str = "cpu") -> np.ndarray:
         """Codes (N, L) uint16; exact, so equal on every device, batch size and thread count."""
-        x_ND = self._prepared(x_ND)
+        x_ND = self.prepared(x_ND)
         if self.residual_norm:
             return assign_scaled(x_ND, self.codebooks)
         if self.beam > 1:
@@ -107,16 +107,18 @@ class RKMeans:
             **codebook.meta,
         )
 
-    def _prepared(self, x_ND: np.ndarray) -> np.ndarray:
+    def prepared(self, x_ND: np.ndarray) -> np.ndarray:
+        """The vectors as the levels see them: scaled to length 1 where `normalize` says so."""
         if self.normalize == "none":
             return x_ND if x_ND.dtype in (np.float32, np.float16, np.int8) else x_ND.astype(np.float32)
         wide_ND = x_ND.astype(np.float64)
         return (wide_ND / np.sqrt((wide_ND**2).sum(axis=1, keepdims=True))).astype(np.float32)
 
     def _fit_level(
-        self, r_ND: np.ndarray, size: int, *, seed: int, threads: int, device: str
+        self, r_ND: np.ndarray, level: int, *, seed: int, threads: int, device: str
     ) -> tuple[np.ndarray, np.ndarray]:
         """(codebook, code of every row) of one level."""
+        size = self.sizes[level]
         if device != "cpu":
             from prerank_tools.quantizers.kmeans_torch import kmeans_torch
 
@@ -132,7 +134,7 @@ def kmeans_faiss(
 
     x_ND = np.ascontiguousarray(x_ND, dtype=np.float32)
     options = {"min_points_per_centroid": 1, "max_points_per_centroid": POINTS_PER_CODE}
-    with _faiss_threads(threads):
+    with faiss_threads(threads):
         kmeans = faiss.Kmeans(x_ND.shape[1], size, niter=iterations, seed=seed, **options)
         kmeans.train(x_ND)
         _, code_N1 = kmeans.index.search(x_ND, 1)
@@ -154,7 +156,8 @@ def fitting_size(rows: int, largest: int = 256) -> int:
 
 
 @contextmanager
-def _faiss_threads(threads: int) -> Iterator[None]:
+def faiss_threads(threads: int) -> Iterator[None]:
+    """faiss on so many threads, then as it was."""
     import faiss
 
     before = faiss.omp_get_max_threads()
