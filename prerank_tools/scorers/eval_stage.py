@@ -180,15 +180,16 @@ class _View:
         return {
             "ne": self._interval(user_interval(ne, self.user_n, **self._draws())),
             "log_loss": log_loss(self.label_n, prob_n),
-            "calibration": calibration(self.label_n, prob_n),
+            "calibration": calibration(self.label_n, prob_n) if self.label_n.any() else None,
             "calibration_error": expected_calibration_error(self.label_n, prob_n),
         }
 
     def _draws(self) -> dict[str, Any]:
         return {"resamples": self.resamples, "seed": self.seed}
 
-    def _interval(self, interval: Interval) -> Mapping[str, float]:
-        return asdict(interval)
+    def _interval(self, interval: Interval) -> Mapping[str, float | None]:
+        # JSON has no NaN: a metric that is not defined here is null
+        return {k: None if np.isnan(v) else v for k, v in asdict(interval).items()}
 
 
 def _fill_lowest(scores_n: np.ndarray) -> np.ndarray:

@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from prerank_tools.errors import ContractError, UsageError
 from prerank_tools.features.statistics import PastCounts, compress, day_of, statistic_names, statistics
 from prerank_tools.gsu.simtier import TIERS
 from prerank_tools.scorers import past_frames, request_frames
 from prerank_tools.scorers.artefact import InputConfig
-from prerank_tools.scorers.item_frames import Catalogue, read_catalogue, same_ids
+from prerank_tools.scorers.item_frames import Catalogue, read_catalogue
 from prerank_tools.scorers.packing import RequestArrays
 from prerank_tools.scorers.request_frames import FlatRequests
 from prerank_tools.stage import Context, Shard
@@ -24,9 +23,9 @@ from prerank_tools.tables.bucketing import default_buckets
 from prerank_tools.tables.contracts import split_rows
 from prerank_tools.tables.events import EventLog, bucket_requests, known_at, open_events
 
-INLINE_EVENTS = 20_000_000  # item statistics of a longer log are computed once, by `data features`
 CHUNK_CANDIDATES = 200_000  # candidates whose features are in memory together
 BUCKET_REQUESTS = 4_096
+HELD_ROWS = 1_000_000  # a table of more rows is filtered while it is read
 
 
 @dataclass(frozen=True)
@@ -60,10 +59,6 @@ class InputPaths:
         return found
 
 
-# Fitted inputs: each carries the time up to which it has seen the log.
-FITTED = ("embeddings", "users", "sids", "gsu", "user_features", "item_features", "model", "init_from")
-
-
 @dataclass(frozen=True)
 class Chunk:
     """Some requests of one bucket: their ids, and their inputs as arrays."""
@@ -82,24 +77,20 @@ class ScorerInputs:
     catalogue: Catalogue
     with_users: bool
 
-    def bucket(self, number: int, *, tasks: tuple[str, ...], until: int | None = None) -> Iterator[Chunk]:
-        """The requests of one bucket of users in chunks, with what was known strictly before each."""
-        log, requests = event_log(self.ctx), self.ctx.table("requests")
-        frame = bucket_requests(requests, log.buckets).read(number, request_frames.columns_of(requests))
-        frame, _ = split_rows(frame, "requests")
-        if until is not None:
-            frame = frame.filter(pl.col("timestamp") < until)
-        if not len(frame):
-            return
-        past = past_frames.read_past(log.read(number, []), self.catalogue, lag=self.config.lag)
-        for part in _chunks(request_frames.flatten(frame, source=str(requests.path))):
-            yield self._arrays(part, past, tasks)
+    def requests(self, bucket: int) -> tuple[pl.DataFrame, pl.DataFrame]:
+        """Requests of one bucket of users: those that can be used, and the others with the reason."""
+        requests = self.ctx.table("requests")
+        source = bucket_requests(requests, event_log(self.ctx).buckets)
+        return split_rows(source.read(bucket, request_frames.columns_of(requests)), "requests")
 
-    def refused(self, number: int) -> tuple[pl.DataFrame, int]:
-        """Requests of a bucket that cannot be used, with the reason, and how many rows the bucket has."""
-        log, requests = event_log(self.ctx), self.ctx.table("requests")
-        frame = bucket_requests(requests, log.buckets).read(number, request_frames.columns_of(requests))
-        return split_rows(frame, "requests")[1], len(frame)
+    def chunks(self, requests: pl.DataFrame, *, bucket: int, tasks: tuple[str, ...]) -> Iterator[Chunk]:
+        """Requests of one bucket, some at a time, with what was known strictly before each."""
+        if not len(requests):
+            return
+        events = event_log(self.ctx).read(bucket, [])
+        past = past_frames.read_past(events, self.catalogue, lag=self.config.lag)
+        for part in _chunks(request_frames.flatten(requests, source=str(self.ctx.table("requests").path))):
+            yield self._arrays(part, past, tasks)
 
     def user_blocks(self) -> dict[str, int]:
         """Widths of the user tower's inputs."""
@@ -158,37 +149,33 @@ class ScorerInputs:
                 past_frames.mean_history(past, self.catalogue, user_R, seen_R, newest=self.config.history)
             )
         if self.with_users:
-            blocks.append(past_frames.user_vectors(self._users_of(flat.requests), flat.requests))
+            vectors = _rows_of(self.ctx, "users", ["as_of", "embedding"], flat.requests.select("user_id"))
+            blocks.append(past_frames.user_vectors(vectors, flat.requests))
         return np.concatenate(blocks, axis=1)
-
-    def _users_of(self, requests: pl.DataFrame) -> pl.DataFrame:
-        """Rows of the user embeddings of these users; a small table is read once."""
-        users, columns = self.ctx.table("users"), ["user_id", "as_of", "embedding"]
-        if users.rows > 1_000_000:
-            wanted = requests["user_id"].unique()
-            return users.scan(columns).filter(pl.col("user_id").is_in(wanted.implode())).collect()
-        return _cached(self.ctx, "users", lambda: users.read(columns))
 
     def _user_statistics(self, flat: FlatRequests, past: past_frames.Past, user_R: np.ndarray) -> np.ndarray:
         if "user_features" not in self.ctx.inputs:
             return past_frames.user_statistics(past, user_R, flat.requests["timestamp"].to_numpy())
-        stored = _features(self.ctx, "user")
+        columns = ["as_of", *statistic_names()]
+        stored = _rows_of(self.ctx, "user_features", columns, flat.requests.select("user_id"))
         return past_frames.stored_statistics(stored, flat.requests, key="user_id")
 
     def _item_statistics(self, flat: FlatRequests, item_n: np.ndarray) -> np.ndarray:
         time_n = flat.requests["timestamp"].to_numpy()[flat.request_n]
         if "item_features" in self.ctx.inputs:
             asked = flat.candidates.select("item_id").with_columns(pl.Series("timestamp", time_n))
-            return past_frames.stored_statistics(_features(self.ctx, "item"), asked, key="item_id")
+            columns = ["as_of", *statistic_names()]
+            stored = _rows_of(self.ctx, "item_features", columns, asked.select("item_id"))
+            return past_frames.stored_statistics(stored, asked, key="item_id")
         counts = _cached(self.ctx, "item_counts", lambda: _item_counts(self.ctx, self.catalogue, self.config))
         known_n = np.where(item_n < len(self.catalogue.ids), item_n, -1)
         return statistics(counts, known_n, day_of(time_n))
 
     def _simtier(self, flat: FlatRequests, past: past_frames.Past) -> np.ndarray:
         if "gsu" in self.ctx.inputs:
-            columns = ["request_id", "item_id", "n_valid", "simtier", "simtier_recent"]
-            gsu = _cached(self.ctx, "gsu", lambda: self.ctx.table("gsu").read(columns))
-            return past_frames.stored_simtier(gsu, flat.candidates)
+            columns = ["n_valid", "simtier", "simtier_recent"]
+            keys = flat.candidates.select("request_id", "item_id")
+            return past_frames.stored_simtier(_rows_of(self.ctx, "gsu", columns, keys), keys)
         return past_frames.simtier_features(
             past,
             self.catalogue,
@@ -241,48 +228,6 @@ def bucket_shards(ctx: Context) -> list[Shard]:
     ]
 
 
-def check_inputs(ctx: Context, config: InputConfig) -> None:
-    """Refuse ids that never meet, columns that are not there, and a log too long to count anew each time."""
-    requests, items, events = ctx.table("requests"), ctx.table("items"), ctx.table("events")
-    candidates = "candidates" if "candidates" in requests.schema else "item_id"
-    same_ids(requests, items, "item_id", inner=candidates)
-    same_ids(events, items, "item_id")
-    same_ids(events, requests, "user_id")
-    same_ids(ctx.table("embeddings"), items, "item_id")
-    for column in config.numbers:
-        if column not in items.schema:
-            raise ContractError(
-                f"{items.path}: no column `{column}`", "name numeric columns in `inputs.numbers`"
-            )
-    if "item_features" not in ctx.inputs and events.rows > INLINE_EVENTS:
-        raise UsageError(
-            f"{events.path}: {events.rows} events are too many to count anew in every job",
-            f"prerank data features --events {events.path} --requests {requests.path} -o features/, "
-            "then --features features/",
-        )
-    if "gsu" in ctx.inputs and not {"simtier", "simtier_recent"} <= set(ctx.table("gsu").schema):
-        raise ContractError(
-            f"{ctx.table('gsu').path}: no columns `simtier` and `simtier_recent`",
-            "prerank gsu topk ... --emit both",
-        )
-    for side in ("user", "item"):
-        if f"{side}_features" in ctx.inputs:
-            _check_features(ctx.table(f"{side}_features").schema, ctx.table(f"{side}_features").path)
-
-
-def check_cutoffs(ctx: Context, start: int, *, what: str) -> None:
-    """Refuse inputs that were fitted on events later than `start`: they would have seen the answers."""
-    for role in FITTED:
-        if role not in ctx.inputs:
-            continue
-        cutoff = ctx.inputs[role].data_cutoff
-        if cutoff is not None and cutoff > start:
-            raise ContractError(
-                f"{ctx.inputs[role].path}: {role} has seen events up to {cutoff}, {what} starts at {start}",
-                f"fit it again with --until {start}",
-            )
-
-
 def vector_width(ctx: Context, role: str) -> int:
     """Dims of a table's vectors."""
     dtype = ctx.table(role).scan(["embedding"]).collect_schema()["embedding"]
@@ -300,18 +245,12 @@ def _item_counts(ctx: Context, catalogue: Catalogue, config: InputConfig) -> Pas
     return PastCounts(rows_E, frame["timestamp"].to_numpy(), known_E)
 
 
-def _features(ctx: Context, side: str) -> pl.DataFrame:
-    columns = [f"{side}_id", "as_of", *statistic_names()]
-    return _cached(ctx, f"{side}_features", lambda: ctx.table(f"{side}_features").read(columns))
-
-
-def _check_features(schema: pl.Schema, path: Path) -> None:
-    for name in statistic_names():
-        if name not in schema:
-            raise ContractError(
-                f"{path}: no column `{name}`; it has {', '.join(schema)}",
-                "write it with the default windows: prerank data features",
-            )
+def _rows_of(ctx: Context, role: str, columns: list[str], keys: pl.DataFrame) -> pl.DataFrame:
+    """Rows of a table with one of the keys; a small table is held, a large one filtered as it is read."""
+    table, names = ctx.table(role), [*keys.columns, *columns]
+    small = table.rows <= HELD_ROWS
+    rows = _cached(ctx, role, lambda: table.read(names)).lazy() if small else table.scan(names)
+    return rows.join(keys.unique().lazy(), on=keys.columns, how="semi", maintain_order="left").collect()
 
 
 def _chunks(flat: FlatRequests) -> Iterator[FlatRequests]:

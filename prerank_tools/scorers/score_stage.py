@@ -11,23 +11,19 @@ import numpy as np
 import polars as pl
 import torch
 
-from prerank_tools.errors import ContractError, UsageError
+from prerank_tools.errors import ContractError
 from prerank_tools.scorers import artefact, request_frames
 from prerank_tools.scorers.artefact import ScorerSpec
+from prerank_tools.scorers.checks import check_cutoffs, check_given, check_inputs, check_spaces
 from prerank_tools.scorers.input_frames import (
     Chunk,
     InputPaths,
     ScorerInputs,
     bucket_shards,
-    check_cutoffs,
-    check_inputs,
     open_scorer_inputs,
-    vector_width,
 )
 from prerank_tools.scorers.serving import CachedScorer
 from prerank_tools.stage import Context, Part, Shard, Stage
-
-SPACES = ("encoder", "user_model", "codebook")  # what a scorer and its inputs must have in common
 
 
 @dataclass(frozen=True)
@@ -72,7 +68,8 @@ class Score(Stage):
         spec, inputs, scorer = self._open(ctx)
         counts: dict[str, int | float] = {}
         frames = [empty_scores(ctx, spec)]
-        for chunk in inputs.bucket(shard.extra["bucket"], tasks=()):
+        good, bad = inputs.requests(shard.extra["bucket"])
+        for chunk in inputs.chunks(good, bucket=shard.extra["bucket"], tasks=()):
             if self.missing == "fail" and chunk.counts["without_vector"]:
                 raise ContractError(
                     f"{self.paths.embeddings}: {chunk.counts['without_vector']} candidates have no vector",
@@ -81,10 +78,9 @@ class Score(Stage):
             frames.append(score_chunk(chunk, scorer, spec, device=ctx.device, top=self.top))
             for name, number in chunk.counts.items():
                 counts[name] = counts.get(name, 0) + number
-        bad, rows = inputs.refused(shard.extra["bucket"])
         done = scorer.rows
         counts |= {
-            "rows_in": rows,
+            "rows_in": len(good) + len(bad),
             "user_rows": done.user,
             "item_rows": done.item,
             "candidate_rows": done.candidate,
@@ -172,34 +168,3 @@ def empty_scores(ctx: Context, spec: ScorerSpec) -> pl.DataFrame:
     item_type = ids[item].inner if item == "candidates" else ids[item]  # type: ignore[attr-defined]
     schema = {"request_id": ids["request_id"], "item_id": item_type, "rank": pl.Int32, "score": pl.Float32}
     return pl.DataFrame(schema=schema | {f"p_{task}": pl.Float32 for task in spec.shape.tasks})
-
-
-def check_given(ctx: Context, spec: ScorerSpec) -> None:
-    """Hold the tables against what the scorer was trained on: which of them, and how wide."""
-    for role, width, flag in (("users", spec.user, "--users uemb/"), ("sids", spec.levels, "--sids sid/")):
-        if width and role not in ctx.inputs:
-            raise UsageError(f"the scorer was trained with {role}, and none are given", f"add {flag}")
-        if not width and role in ctx.inputs:
-            ctx.log("unused", role=role, reason="the scorer was trained without them")
-    widths = {"embeddings": spec.content} | ({"users": spec.user} if spec.user else {})
-    for role, width in widths.items():
-        found = vector_width(ctx, role)
-        if found != width:
-            raise ContractError(
-                f"{ctx.inputs[role].path}: vectors of width {found}, the scorer was trained on {width}",
-                "give the table that the scorer was trained on, or train it again: prerank train scorer",
-            )
-
-
-def check_spaces(ctx: Context) -> None:
-    """Refuse tables of another encoder, user model or codebook than the scorer's."""
-    ours = ctx.inputs["model"].lineage
-    for role in ("embeddings", "users", "sids", "gsu"):
-        theirs = ctx.inputs[role].lineage if role in ctx.inputs else {}
-        for space in SPACES:
-            if space in ours and space in theirs and ours[space] != theirs[space]:
-                raise ContractError(
-                    f"{ctx.inputs[role].path}: made with {space} {theirs[space][:12]}, "
-                    f"the scorer was trained on {ours[space][:12]}",
-                    "give the table that the scorer was trained on, or train it again: prerank train scorer",
-                )

@@ -17,14 +17,8 @@ from prerank_tools.metrics.probability import normalized_entropy
 from prerank_tools.metrics.ranking import auc
 from prerank_tools.scorers import artefact, request_frames
 from prerank_tools.scorers.artefact import InputConfig, ScorerSpec
-from prerank_tools.scorers.input_frames import (
-    InputPaths,
-    ScorerInputs,
-    check_cutoffs,
-    check_inputs,
-    event_log,
-    open_scorer_inputs,
-)
+from prerank_tools.scorers.checks import check_cutoffs, check_inputs, check_spaces
+from prerank_tools.scorers.input_frames import Chunk, InputPaths, ScorerInputs, event_log, open_scorer_inputs
 from prerank_tools.scorers.item_frames import category_words
 from prerank_tools.scorers.packing import ItemArrays, RequestArrays, join_requests, pack, sample_negatives
 from prerank_tools.scorers.serving import weights_digest
@@ -79,6 +73,7 @@ class TrainScorer(Stage):
     def check(self, ctx: Context) -> None:
         """Refuse inputs that do not fit together or have seen the time after `until`."""
         check_inputs(ctx, self.config.inputs)
+        check_spaces(ctx)
         if not request_frames.tasks_of(ctx.table("requests")):
             raise ContractError(
                 f"{self.paths.requests}: no column `label_<task>` to learn from",
@@ -172,8 +167,12 @@ class TrainScorer(Stage):
         self, ctx: Context, inputs: ScorerInputs, tasks: tuple[str, ...]
     ) -> tuple[RequestArrays, np.ndarray]:
         """Every labelled request before `until`, and its time."""
-        buckets = range(event_log(ctx).buckets)
-        chunks = [c for bucket in buckets for c in inputs.bucket(bucket, tasks=tasks, until=self.until)]
+        chunks: list[Chunk] = []
+        for bucket in range(event_log(ctx).buckets):
+            good, _ = inputs.requests(bucket)
+            if self.until is not None:
+                good = good.filter(pl.col("timestamp") < self.until)
+            chunks += inputs.chunks(good, bucket=bucket, tasks=tasks)
         if not chunks:
             raise ContractError(
                 f"{self.paths.requests}: no request before {self.until}",

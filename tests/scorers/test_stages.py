@@ -18,8 +18,8 @@ from prerank_tools.features.stage import Features
 from prerank_tools.metrics.ranking import auc
 from prerank_tools.run.job import RunOptions, run
 from prerank_tools.scorers import artefact
-from prerank_tools.scorers.input_frames import check_cutoffs
-from prerank_tools.scorers.score_stage import Score, check_spaces, rank_within
+from prerank_tools.scorers.checks import check_cutoffs, check_spaces
+from prerank_tools.scorers.score_stage import Score, rank_within
 from prerank_tools.scorers.train_stage import TrainScorer, grown_words, split_latest
 
 
