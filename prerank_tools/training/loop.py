@@ -49,8 +49,8 @@ class TrainConfig(BaseModel):
     precision: Literal["no", "bf16", "fp16"] = "no"
     seed: int = 42
     patience: int = Field(
-        0, ge=0
-    )  # epochs without improvement before stopping; 0: never, and no best weights
+        default=0, ge=0
+    )  # epochs without a new best before stopping; 0: never, keep the last
     checkpoint_every: int = Field(default=0, ge=0)  # steps; 0: at the end of each epoch only
     tensorboard: bool = False
 

@@ -1,0 +1,36 @@
+"""RQ-KMeans+ (GPR): an RQ-VAE that begins as RQ-KMeans and may only get better from there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from pydantic import Field
+
+from prerank_tools.quantizers.rqvae import RQVAE
+from prerank_tools.quantizers.rqvae_net import RQVAEConfig, RQVAETraining
+
+
+class RKMeansPlusTraining(RQVAETraining):
+    """Slower steps, as the start is good already (GPR: 1e-4)."""
+
+    epochs: int = Field(default=20, ge=1)
+    lr: float = Field(default=1e-4, gt=0)
+
+
+class RKMeansPlusConfig(RQVAEConfig):
+    """As RQ-VAE, without a narrow code: the encoder is x + MLP(x), its last layer zero at first."""
+
+    hidden: tuple[int, ...] = (256,)
+    sinkhorn: bool = False  # the k-means codes are in use from the start
+    train: RQVAETraining = RKMeansPlusTraining()
+
+
+@dataclass
+class RKMeansPlus(RQVAE):
+    """Encoder x + MLP(x) (MiniOneRec's form of GPR) and a decoder z + MLP(z) (ours)."""
+
+    config: RQVAEConfig = field(default_factory=lambda: RKMeansPlusConfig())
+
+    kind: ClassVar[str] = "rkmeans-plus"
+    skip: ClassVar[bool] = True
