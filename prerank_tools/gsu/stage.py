@@ -152,8 +152,9 @@ class GsuTopK(Stage):
         }
 
     def data_cutoff(self, ctx: Context) -> int | None:
-        """The log is read as of each request's own time and leaves no trace of later; vectors may."""
-        cutoffs = [table.data_cutoff for role, table in ctx.inputs.items() if role != "events"]
+        """Log and requests are read as of each request's own time and leave no trace of later; vectors may."""
+        strict = ("events", "requests")
+        cutoffs = [table.data_cutoff for role, table in ctx.inputs.items() if role not in strict]
         return max((cutoff for cutoff in cutoffs if cutoff is not None), default=None)
 
     def estimate(self, ctx: Context, shards: Sequence[Shard]) -> Mapping[str, Any]:

@@ -1,4 +1,4 @@
-"""What a scorer's inputs are held against before any work: ids, columns, spaces, widths, the time they saw."""
+"""What a scorer's inputs are held against before any work: ids, columns, spaces, widths, time."""
 
 from __future__ import annotations
 
