@@ -41,7 +41,10 @@ def scorer(
     ] = None,
     knobs: dict[str, Any] | None = None,
 ) -> Any:
-    """Train the three-tower scorer on labelled requests: user, item and cross tower, one head a label."""
+    """Train the three-tower scorer on labelled requests: user, item and cross tower, one head a label.
+
+    Keys of the config: model, inputs, training (tables of their own) and valid_share.
+    """
     from prerank_tools.scorers.input_frames import InputPaths
     from prerank_tools.scorers.train_stage import TrainScorer, TrainScorerConfig
 
@@ -50,3 +53,90 @@ def scorer(
     )
     config = parse_knobs(TrainScorerConfig, knobs or {})
     return TrainScorer(paths, until=until, init_from=init_from, config=config)
+
+
+@stage_command(
+    app,
+    "user",
+    examples=(
+        "prerank train user --events events.parquet --embeddings emb/ -o user_model/",
+        "prerank train user --events events.parquet --embeddings emb/ --until 2011-10-11 "
+        "-o user_model_until/",
+    ),
+)
+def user(
+    events: Events,
+    embeddings: Embeddings,
+    until: Until = None,
+    init_from: Annotated[
+        Path | None, typer.Option(help="Yesterday's user model, to go on from.", rich_help_panel=IO)
+    ] = None,
+    knobs: dict[str, Any] | None = None,
+) -> Any:
+    """Train the LLaTTE user model: each basket is predicted from the history before it, target-free.
+
+    Keys of the config: preset (small, paper), model, training, max_events, heads and others.
+    """
+    from prerank_tools.users.train_stage import TrainUser, TrainUserConfig
+
+    config = parse_knobs(TrainUserConfig, knobs or {})
+    return TrainUser(events, embeddings, until=until, init_from=init_from, config=config)
+
+
+@stage_command(
+    app,
+    "encoder",
+    examples=(
+        "prerank train encoder --pairs pairs/ --items items.parquet --model minilm -o encoder/",
+        "prerank train encoder --pairs pairs/ --items items.parquet --model minilm "
+        "--image-model efficientnet-lite0 --until 2011-10-11 -o encoder_both/",
+    ),
+)
+def encoder(
+    pairs: Annotated[
+        Path,
+        typer.Option(
+            help="query_text, query_image or query_item_id, with item_id: from `data pairs`.",
+            rich_help_panel=IO,
+        ),
+    ],
+    items: Items,
+    model: Annotated[
+        str,
+        typer.Option(help="Text or dual encoder to start from: a name, a folder, or a hub id."),
+    ] = "minilm",
+    image_model: Annotated[str | None, typer.Option(help="A vision model beside a text --model.")] = None,
+    template: Annotated[
+        str | None, typer.Option(help="Text of an item from its columns. Default: {title}.")
+    ] = None,
+    image_root: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder that image_path is relative to. Default: that of the items.", rich_help_panel=IO
+        ),
+    ] = None,
+    until: Until = None,
+    init_from: Annotated[
+        Path | None,
+        typer.Option(help="Yesterday's encoder, to go on from; it brings its towers.", rich_help_panel=IO),
+    ] = None,
+    knobs: dict[str, Any] | None = None,
+) -> Any:
+    """Pre-train an item encoder on pairs (SCL): contrastive, with a momentum bank and hard negatives.
+
+    Keys of the config: scl, training, fusion, tune (head, last, lora, full), category, extra_vocab, ...
+    """
+    from prerank_tools.encoders.pretrain import TrainEncoderConfig
+    from prerank_tools.encoders.pretrain_stage import TrainEncoder
+
+    return TrainEncoder(
+        pairs,
+        items,
+        model=model,
+        image_model=image_model,
+        template=template,
+        image_root=image_root,
+        until=until,
+        init_from=init_from,
+        config=parse_knobs(TrainEncoderConfig, knobs or {}),
+    )
