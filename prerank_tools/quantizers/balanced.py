@@ -1,7 +1,7 @@
 """Balanced RQ-KMeans: every code of a level (the last, or all) takes about the same number of items.
 
 OneRec v1 and MiniOneRec bound the cluster sizes while fitting, and lose the balance when items then go to
-their nearest centroid. Ours prices the codes instead: code = argmin |r - c|^2 + price. Prices that balance the
+their nearest centroid. Ours prices the codes: code = argmin |r - c|^2 + price. Prices that balance the
 fit set exist (power diagrams; Aurenhammer 1998) and hold for new items too. A price is the square of one more
 coordinate, which is zero in every item: assignment and all its guarantees stay those of RQ-KMeans.
 """
