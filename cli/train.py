@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -140,3 +141,47 @@ def encoder(
         init_from=init_from,
         config=parse_knobs(TrainEncoderConfig, knobs or {}),
     )
+
+
+class Quantizer(StrEnum):
+    """Kinds of codebooks."""
+
+    rkmeans = "rkmeans"
+    balanced = "balanced-rkmeans"
+    rqvae = "rqvae"
+    rkmeans_plus = "rkmeans-plus"
+    fsq = "rkmeans-fsq"
+    pq = "pq"
+    random = "random-hash"
+
+
+@stage_command(
+    app,
+    "quantizer",
+    examples=(
+        "prerank train quantizer emb/ -o codebook/",
+        "prerank train quantizer emb/ --quantizer rqvae -o codebook_rqvae/",
+    ),
+)
+def quantizer(
+    embeddings: Annotated[Path, typer.Argument(help="Item embeddings, one vector an item.")],
+    quantizer: Annotated[Quantizer, typer.Option(help="Kind of codebook.")] = Quantizer.rkmeans,
+    events: Annotated[
+        Path | None,
+        typer.Option(help="With --until: fit on items with an event before it.", rich_help_panel=IO),
+    ] = None,
+    until: Until = None,
+    init_from: Annotated[
+        Path | None,
+        typer.Option(help="Yesterday's rqvae or rkmeans-plus codebook, to go on from.", rich_help_panel=IO),
+    ] = None,
+    knobs: dict[str, Any] | None = None,
+) -> Any:
+    """Fit a codebook for `quantize sid --codebook`: residual k-means, RQ-VAE, FSQ, OPQ or a random control.
+
+    Keys of the config: levels, codes, iterations, seed, balance, network (code_dim, hidden, train, ...), ...
+    """
+    from prerank_tools.quantizers.train_stage import TrainQuantizer, TrainQuantizerConfig
+
+    config = parse_knobs(TrainQuantizerConfig, {**(knobs or {}), "quantizer": quantizer.value})
+    return TrainQuantizer(embeddings, events=events, until=until, init_from=init_from, config=config)

@@ -54,30 +54,31 @@ class Encoder:
     def encode(self, texts: Sequence[str], images: Sequence[Sequence[Source]]) -> Encoded:
         """One row an item; an empty text or an empty list of images is a missing modality."""
         faults: list[str | None] = [None] * len(texts)
-        text_NT, has_text_N = self._texts(texts)
-        image_NI, has_image_N = self._images(images, faults)
+        text_NT, has_text_N = self.encode_texts(texts)
+        image_NI, has_image_N = self.encode_images(images, faults)
         for row in np.flatnonzero(~has_text_N & ~has_image_N).tolist():
             faults[row] = faults[row] or self._nothing(texts[row])
         x_ND = self._fuse(text_NT, image_NI, has_text_N, has_image_N)
         x_ND[[row for row, fault in enumerate(faults) if fault]] = 0
         return Encoded(x_ND, has_text_N, has_image_N, faults)
 
-    def _texts(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    def encode_texts(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Unit rows x_NT and where there is a text the model knows; zeros elsewhere."""
         has_N = np.array([bool(text) for text in texts], dtype=bool)
         if self.text is None:
-            return np.zeros((len(texts), 0), np.float32), np.zeros_like(has_N)
+            return np.zeros((len(texts), self._absent("text_dim")), np.float32), np.zeros_like(has_N)
         x_NT = np.zeros((len(texts), self.text.dim), np.float32)
         if has_N.any():
             x_NT[has_N] = self.text.encode([text for text in texts if text])
         return x_NT, has_N & x_NT.any(axis=1)
 
-    def _images(
+    def encode_images(
         self, images: Sequence[Sequence[Source]], faults: list[str | None]
     ) -> tuple[np.ndarray, np.ndarray]:
         """The mean direction of an item's images; a fault of any of them is a fault of the item."""
         has_N = np.zeros(len(images), dtype=bool)
         if self.image is None:
-            return np.zeros((len(images), 0), np.float32), has_N
+            return np.zeros((len(images), self._absent("image_dim")), np.float32), has_N
         x_NI = np.zeros((len(images), self.image.dim), np.float32)
         owners = [row for row, sources in enumerate(images) for _ in sources]
         x_MI, reasons = self.image.encode([source for sources in images for source in sources])
@@ -86,6 +87,10 @@ class Encoder:
         np.add.at(x_NI, owners, x_MI)
         has_N[owners] = True
         return x_NI, has_N
+
+    def _absent(self, dim: str) -> int:
+        """Width of a modality without a tower: what the fusion was built for, else none."""
+        return getattr(self.fusion.config, dim) if self.fusion is not None else 0
 
     def _nothing(self, text: str) -> str:
         if text and self.text is not None:

@@ -31,7 +31,7 @@ class SclConfig(BaseModel):
     momentum_warmup: bool = True  # m_t = min(m, (1 + t) / (10 + t)): a fresh head moves fast at first
     temperature: float = Field(default=0.07, ge=0.01, le=1)  # where it starts
     learn_temperature: bool = True  # clamped to [1/100, 1]
-    in_batch: bool = True  # the other pairs of the batch are negatives too
+    bank_weight: float = Field(default=0.5, ge=0, le=1)  # share of the bank's term, the rest is in-batch
     symmetric: bool = True  # item -> query as well, with a bank of its own
     triplet_weight: float = Field(default=0.5, ge=0)
     margin: float = Field(default=0.2, ge=0)
@@ -107,62 +107,78 @@ class Scl(nn.Module):
         self.momentum = copy.deepcopy(encoder).requires_grad_(False) if bank else None
         self.item_bank = Bank(bank, dim) if bank else None
         self.query_bank = Bank(bank, dim) if bank and config.symmetric else None
-        self._seen: Mapping[str, Any] | None = None
+        self._fresh: tuple[Tensor, ...] | None = None  # keys of the last batch, to be banked after its step
 
     def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """L = L_nce + lambda * L_triplet over this rank's pairs, with every rank's pairs as negatives."""
+        """L = L_nce + lambda * L_triplet over this rank's pairs, with every rank's pairs as negatives.
+
+        L_nce has two terms (ours): in-batch, where both sides learn, and against the bank, where the
+        positive is the momentum encoder's key as well. A positive from the trained encoder among momentum
+        negatives runs away from them, query and item together, and nothing is learnt (measured).
+        """
         query_BD, item_BD = self.encoder(batch["query"]), self.encoder(batch["item"])
-        self._seen = batch
-        nce, hits_B = self._nce(query_BD, item_BD, batch, self.item_bank)
-        if self.config.symmetric:
-            nce = (nce + self._nce(item_BD, query_BD, batch, self.query_bank)[0]) / 2
-        out = {"loss": nce, "nce": nce, "hits": hits_B.float().mean(), "temperature": (-self.log_scale).exp()}
+        in_batch, hits_B = self._both_ways(query_BD, item_BD, (query_BD, item_BD), batch, banks=(None, None))
+        out = {"nce": in_batch, "hits": hits_B.float().mean(), "temperature": (-self.log_scale).exp()}
+        if self.momentum is not None:
+            with torch.no_grad():
+                slow = self.momentum(batch["query"]), self.momentum(batch["item"])
+            self._fresh = (*slow, batch["item_id"], batch["group"])
+            banks = self.query_bank, self.item_bank
+            out["nce_bank"], _ = self._both_ways(query_BD, item_BD, slow, batch, banks=banks)
+            out["nce"] = torch.lerp(in_batch, out["nce_bank"], self.config.bank_weight)
+        out["loss"] = out["nce"]
         if "hard" in batch and self.config.triplet_weight:
-            hard_BD = self.encoder(batch["hard"])
-            positive_B, negative_B = (query_BD * item_BD).sum(1), (query_BD * hard_BD).sum(1)
-            out["triplet"] = triplet(
-                positive_B, negative_B, margin=self.config.margin, valid_B=batch["has_hard"]
-            )
-            out["loss"] = nce + self.config.triplet_weight * out["triplet"]
+            out["triplet"] = self._triplet(query_BD, item_BD, batch)
+            out["loss"] = out["nce"] + self.config.triplet_weight * out["triplet"]
         return {**out, "weight": torch.tensor(float(len(query_BD)))}
+
+    def _both_ways(
+        self,
+        query_BD: Tensor,
+        item_BD: Tensor,
+        keys: tuple[Tensor, Tensor],
+        batch: Mapping[str, Any],
+        *,
+        banks: tuple[Bank | None, Bank | None],
+    ) -> tuple[Tensor, Tensor]:
+        """InfoNCE of query -> item keys and, if symmetric, back; `keys` and `banks` as (query, item)."""
+        loss, hits_B = self._nce(query_BD, keys[1], batch, banks[1])
+        if self.config.symmetric:
+            loss = (loss + self._nce(item_BD, keys[0], batch, banks[0])[0]) / 2
+        return loss, hits_B
 
     def _nce(
         self, query_BD: Tensor, key_BD: Tensor, batch: Mapping[str, Any], bank: Bank | None
     ) -> tuple[Tensor, Tensor]:
-        """InfoNCE of one direction, and which queries found their own key first."""
-        score = self._against_batch if self.config.in_batch else self._against_own
-        cosine, masked, positive_B = score(query_BD, key_BD, batch)
-        if bank is not None:
-            keys_KD, items_K, groups_K = bank.content()
-            cosine = torch.cat([cosine, query_BD @ keys_KD.T], dim=1)
-            same = same_content(batch["item_id"], items_K, batch["group"], groups_K)
-            masked = torch.cat([masked, same], dim=1)
-        loss = info_nce(cosine * self.log_scale.exp(), positive_B, masked_BN=masked)
-        return loss, cosine.detach().argmax(1) == positive_B
-
-    @staticmethod
-    def _against_batch(query_BD: Tensor, key_BD: Tensor, batch: Mapping[str, Any]) -> tuple[Tensor, ...]:
-        """The keys of all ranks, with gradient; those of the query's own item and group are masked."""
-        items_N, groups_N = gather_rows(batch["item_id"]), gather_rows(batch["group"])
+        """InfoNCE of one direction over all ranks' keys and the bank's, and which queries hit their own."""
+        keys_ND, items_N, groups_N = (gather_rows(x) for x in (key_BD, batch["item_id"], batch["group"]))
         own_B = torch.arange(len(query_BD), device=query_BD.device) + first_row(row_counts(key_BD))
+        if bank is not None:
+            old_keys, old_items, old_groups = bank.content()
+            keys_ND = torch.cat([keys_ND, old_keys.to(keys_ND.dtype)])
+            items_N, groups_N = torch.cat([items_N, old_items]), torch.cat([groups_N, old_groups])
+        cosine_BN = query_BD @ keys_ND.T
         masked_BN = same_content(batch["item_id"], items_N, batch["group"], groups_N)
-        return query_BD @ gather_rows(key_BD).T, masked_BN, own_B
+        loss = info_nce(cosine_BN * self.log_scale.exp(), own_B, masked_BN=masked_BN)
+        return loss, cosine_BN.detach().argmax(1) == own_B
 
-    @staticmethod
-    def _against_own(query_BD: Tensor, key_BD: Tensor, batch: Mapping[str, Any]) -> tuple[Tensor, ...]:
-        """MoCo's own form: only the query's key here, the negatives all come from the bank."""
-        own_B = torch.zeros(len(query_BD), dtype=torch.int64, device=query_BD.device)
-        return (query_BD * key_BD).sum(1, keepdim=True), own_B.bool()[:, None], own_B
+    def _triplet(self, query_BD: Tensor, item_BD: Tensor, batch: Mapping[str, Any]) -> Tensor:
+        hard_BD = self.encoder(batch["hard"])
+        positive_B, negative_B = (query_BD * item_BD).sum(1), (query_BD * hard_BD).sum(1)
+        return triplet(positive_B, negative_B, margin=self.config.margin, valid_B=batch["has_hard"])
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Clamp the temperature; move the momentum encoder; bank the batch's keys as it encodes them."""
+        """Clamp the temperature; bank the batch's keys; let the momentum encoder follow."""
         self.log_scale.clamp_(0.0, math.log(100.0))
-        if self.momentum is None or self._seen is None:
+        if self.momentum is None or self._fresh is None:
             return
+        query_ND, item_ND, items_N, groups_N = (gather_rows(x) for x in self._fresh)
+        for bank, keys_ND in ((self.item_bank, item_ND), (self.query_bank, query_ND)):
+            if bank is not None:
+                bank.enqueue(keys_ND, items_N, groups_N)
+        self._fresh = None
         self._follow()
-        self._remember(self._seen)
-        self._seen = None
 
     def _follow(self) -> None:
         step = int(self.steps)
@@ -173,13 +189,6 @@ class Scl(nn.Module):
             if fast.requires_grad:
                 slow.lerp_(fast.detach(), 1 - rate)
         self.steps += 1
-
-    def _remember(self, batch: Mapping[str, Any]) -> None:
-        assert self.momentum is not None
-        items_N, groups_N = gather_rows(batch["item_id"]), gather_rows(batch["group"])
-        for bank, side in ((self.item_bank, "item"), (self.query_bank, "query")):
-            if bank is not None:
-                bank.enqueue(gather_rows(self.momentum(batch[side])), items_N, groups_N)
 
     def train(self, mode: bool = True) -> Scl:
         """As nn.Module's, but BatchNorm keeps its running statistics: batch ones leak the positive."""

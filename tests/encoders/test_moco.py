@@ -95,63 +95,86 @@ def test_bank_size(knobs: dict[str, Any], items: int, batch_size: int, size: int
 
 
 def test_loss_by_hand_with_bank_in_batch_and_both_directions() -> None:
-    model = toy.scl(bank=8, triplet_weight=0.3)
+    model = toy.scl(bank=8, triplet_weight=0.3, bank_weight=0.25)
     first, second = batch([0, 4, 8]), batch([1, 2, 6])
     model(first)
     model.after_step()
+    with torch.no_grad():  # the momentum encoder is another one by now
+        model.encoder.project.weight.mul_(1.5).add_(0.1)
     out = model(second)
 
     query, item = model.encoder(second["query"]), model.encoder(second["item"])
+    slow = {side: model.momentum(second[side]) for side in ("query", "item")}
     hard, scale = model.encoder(second["hard"]), model.log_scale.exp()
+    items = torch.tensor([0, 1, 3, 0, 2, 4])  # rows // 2 of both batches
+    groups = torch.tensor([-1, -1, -1, 0, -1, -1])
 
-    def direction(one: torch.Tensor, other: torch.Tensor, side: str) -> torch.Tensor:
-        keys = torch.cat([other, model.momentum(first[side])])
-        logits = one @ keys.T * scale
-        items = torch.tensor([0, 1, 3, 0, 2, 4])  # rows // 2 of both batches
-        groups = torch.tensor([-1, -1, -1, 0, -1, -1])
-        same = items[:3, None] == items[None]
-        same |= (groups[:3, None] == groups[None]) & (groups[:3, None] >= 0)
-        own = torch.eye(3, 6, dtype=torch.bool)
-        log_probs = logits.masked_fill(same & ~own, -math.inf).log_softmax(1)
-        return -log_probs.diagonal().mean()
+    def direction(one: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        logits, n = one @ keys.T * scale, len(keys)
+        same = items[:3, None] == items[None, :n]
+        same |= (groups[:3, None] == groups[None, :n]) & (groups[:3, None] >= 0)
+        own = torch.eye(3, n, dtype=torch.bool)
+        return -logits.masked_fill(same & ~own, -math.inf).log_softmax(1).diagonal().mean()
 
-    nce = (direction(query, item, "item") + direction(item, query, "query")) / 2
+    in_batch = (direction(query, item) + direction(item, query)) / 2
+    banked = {side: torch.cat([slow[side], model.momentum(first[side])]) for side in slow}
+    against_bank = (direction(query, banked["item"]) + direction(item, banked["query"])) / 2
     positive, negative = (query * item).sum(1), (query * hard).sum(1)
     hinge = (0.2 - positive + negative).clamp(min=0) * torch.tensor([0.0, 0.0, 1.0])
-    torch.testing.assert_close(out["nce"], nce)
-    torch.testing.assert_close(out["loss"], nce + 0.3 * hinge.mean())
+    torch.testing.assert_close(out["nce_bank"], against_bank)
+    torch.testing.assert_close(out["nce"], 0.75 * in_batch + 0.25 * against_bank)
+    torch.testing.assert_close(out["loss"], out["nce"] + 0.3 * hinge.mean())
 
 
-def test_moco_form_has_only_the_bank_as_negatives() -> None:
-    model = toy.scl(bank=8, in_batch=False, symmetric=False, triplet_weight=0)
-    first, second = batch([0, 4]), batch([9, 13])
-    assert model(first)["loss"].item() == 0  # an empty bank: nothing to tell apart
-    model.after_step()
-    query, item = model.encoder(second["query"]), model.encoder(second["item"])
-    own = (query * item).sum(1, keepdim=True)
-    logits = torch.cat([own, query @ model.momentum(first["item"]).T], 1) * model.log_scale.exp()
-    expected = -logits.log_softmax(1)[:, 0].mean()
-    torch.testing.assert_close(model(second)["loss"], expected)
+def test_without_a_bank_the_loss_is_in_batch_alone() -> None:
+    model = toy.scl(bank=0, symmetric=False, triplet_weight=0)
+    one = batch([9, 13, 16])
+    logits = model.encoder(one["query"]) @ model.encoder(one["item"]).T * model.log_scale.exp()
+    out = model(one)
+    torch.testing.assert_close(out["loss"], -logits.log_softmax(1).diagonal().mean())
+    assert model.momentum is None and "nce_bank" not in out and "triplet" not in out
 
 
 def test_bank_keys_come_from_the_momentum_encoder_alone_and_carry_no_gradient() -> None:
-    model = toy.scl(bank=8, momentum=0.9, momentum_warmup=False)
+    model = toy.scl(bank=8, momentum=0.9, momentum_warmup=False, bank_weight=1.0)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
     start = model.encoder.project.weight.detach().clone()
-    one = batch([0, 1, 2, 3])
-    model(one)["loss"].backward()
-    optimizer.step()
-    model.after_step()
-    expected = 0.9 * start + 0.1 * model.encoder.project.weight
-    torch.testing.assert_close(model.momentum.project.weight, expected.detach())
+    for rows in ([0, 1, 2, 3], [4, 5, 6, 7]):
+        one, slow = batch(rows), model.momentum(batch(rows)["item"])
+        model(one)["loss"].backward()
+        optimizer.step()
+        model.after_step()
     keys, items, _ = model.item_bank.content()
-    assert torch.equal(keys, model.momentum(one["item"])) and items.tolist() == [0, 0, 1, 1]
-    assert not torch.equal(keys, model.encoder(one["item"]))
+    assert torch.equal(keys[4:], slow) and items.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert not torch.allclose(keys[4:], model.encoder(one["item"]))
+    assert not keys.requires_grad and all(p.grad is None for p in model.momentum.parameters())
+    assert not torch.equal(model.momentum.project.weight, start)
 
-    model(batch([9, 13]))["loss"].backward()
-    assert not keys.requires_grad and keys.grad_fn is None
-    assert all(p.grad is None for p in model.momentum.parameters())
-    assert torch.equal(keys, model.item_bank.content()[0])
+    # The momentum encoder is 0.9 of its past and 0.1 of the trained one, once a step.
+    before = model.momentum.project.weight.clone()
+    model(batch([9, 13]))
+    model.after_step()
+    expected = 0.9 * before + 0.1 * model.encoder.project.weight
+    torch.testing.assert_close(model.momentum.project.weight, expected.detach())
+
+    # With the bank's term alone no gradient reaches the trained encoder through a key.
+    key_only = batch([10, 14])
+    model.zero_grad()
+    model.config = SclConfig(symmetric=False)
+    model(key_only)["nce_bank"].backward()
+    by_query = model.encoder.project.weight.grad.clone()
+    model.zero_grad()
+    query = model.encoder(key_only["query"])
+    stopped = torch.cat([model.momentum(key_only["item"]), model.item_bank.content()[0]]).detach()
+    same = same_content(
+        key_only["item_id"],
+        torch.cat([key_only["item_id"], model.item_bank.content()[1]]),
+        key_only["group"],
+        torch.cat([key_only["group"], model.item_bank.content()[2]]),
+    )
+    logits = query @ stopped.T * model.log_scale.exp()
+    info_nce(logits, torch.arange(2), masked_BN=same).backward()
+    torch.testing.assert_close(by_query, model.encoder.project.weight.grad)
 
 
 def test_momentum_warms_up() -> None:

@@ -1,0 +1,222 @@
+"""`train encoder` end to end on tiny models: what learns, what is refused, what `embed items` makes of it."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import BertConfig, BertModel, BertTokenizerFast, ViTConfig, ViTImageProcessor, ViTModel
+
+from prerank_tools.encoders.pretrain import TrainEncoderConfig
+from prerank_tools.encoders.pretrain_stage import TrainEncoder
+from prerank_tools.encoders.stage import EmbedItems
+from prerank_tools.errors import ContractError, UsageError
+from prerank_tools.run.job import RunOptions, run
+from prerank_tools.tables.vectors import vectors_to_numpy
+
+COLOURS = ("red", "green", "blue", "white", "black", "yellow")
+THINGS = ("shirt", "shoe", "hat", "bag", "watch", "dress", "sock", "belt")
+OPTIONS = RunOptions(threads=1, workers=1)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bert")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *COLOURS, *THINGS, "a", "##x", "zi", "##gg", "##y"]
+    (folder / "words.txt").write_text("\n".join(words))
+    BertTokenizerFast(str(folder / "words.txt"), model_max_length=32).save_pretrained(folder)
+    torch.manual_seed(0)
+    BertModel(
+        BertConfig(
+            vocab_size=len(words),
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=32,
+        )
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def image_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("vit")
+    torch.manual_seed(0)
+    shape: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ViTModel(ViTConfig(image_size=8, patch_size=4, intermediate_size=32, **shape)).save_pretrained(folder)
+    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """48 items; a query names the thing it wants by another word order, its picture has the colour."""
+    folder = tmp_path_factory.mktemp("tables")
+    rows = [(c, t) for c in range(len(COLOURS)) for t in range(len(THINGS))]
+    titles = [f"{COLOURS[c]} {THINGS[t]}" for c, t in rows]
+    pl.DataFrame(
+        {
+            "item_id": [f"i{n:02d}" for n in range(len(rows))],
+            "title": titles,
+            "brand": ["ziggy" if n % 2 else "ax" for n in range(len(rows))],
+            "thing": [THINGS[t] for _, t in rows],
+            "image": [picture(c, t) for c, t in rows],
+        }
+    ).write_parquet(folder / "items.parquet")
+    pl.DataFrame(
+        {
+            "query_text": [f"a {THINGS[t]} {COLOURS[c]}" for c, t in rows],
+            "item_id": [f"i{n:02d}" for n in range(len(rows))],
+            "hard_negatives": [[f"i{(n + 1) % len(rows):02d}"] if n % 3 else [] for n in range(len(rows))],
+            "timestamp": list(range(100, 100 + len(rows))),
+        }
+    ).write_parquet(folder / "pairs.parquet")
+    return folder
+
+
+def picture(colour: int, thing: int) -> bytes:
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    pixels[:, :, colour % 3] = 255 if colour < 3 else 90
+    pixels[thing] = 255 - 20 * thing
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG")
+    return out.getvalue()
+
+
+def config(**knobs: Any) -> TrainEncoderConfig:
+    training = {"epochs": 12, "batch_size": 16, "lr": 0.01, "warmup_steps": 0, **knobs.pop("training", {})}
+    shape = {"dim": 8, "hidden": 16, "heads": 2, **knobs.pop("fusion", {})}
+    return TrainEncoderConfig(training=training, fusion=shape, valid_share=0.2, **knobs)
+
+
+def train_on(tables: Path, out: Path, **words: Any) -> dict[str, Any]:
+    stage = TrainEncoder(tables / "pairs.parquet", tables / "items.parquet", **words)
+    result = run(stage, out, OPTIONS)
+    assert result.manifest is not None
+    return dict(result.manifest.quality)
+
+
+def embeddings(tables: Path, model: Path, out: Path) -> np.ndarray:
+    run(EmbedItems(tables / "items.parquet", model=str(model)), out, OPTIONS)
+    frame = pl.read_parquet(out / "data" / "part-00000.parquet")
+    assert frame["item_id"].to_list() == sorted(frame["item_id"].to_list())
+    return vectors_to_numpy(frame["embedding"])
+
+
+def test_frozen_features_train_a_fusion_that_embed_items_loads(
+    tables: Path, text_model: Path, image_model: Path, tmp_path: Path
+) -> None:
+    quality = train_on(
+        tables, tmp_path / "m", model=str(text_model), image_model=str(image_model), config=config()
+    )
+    assert quality["held_out_pairs"] == 9 and quality["pairs"] == 39
+    lines = [json.loads(line) for line in (tmp_path / "m" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["loss"] < lines[0]["loss"] and "triplet" in lines[0] and "nce_bank" in lines[0]
+    x_ND = embeddings(tables, tmp_path / "m", tmp_path / "e")
+    assert x_ND.shape == (48, 8)
+    np.testing.assert_allclose(np.linalg.norm(x_ND, axis=1), 1, atol=1e-5)
+    names = {path.name for path in (tmp_path / "m").iterdir()}
+    assert names == {"config.json", "model.safetensors", "manifest.json", "metrics.jsonl", "text", "image"}
+
+
+def test_text_alone_trains_and_embeds(tables: Path, text_model: Path, tmp_path: Path) -> None:
+    train_on(tables, tmp_path / "m", model=str(text_model), config=config())
+    assert embeddings(tables, tmp_path / "m", tmp_path / "e").shape == (48, 8)
+
+
+@pytest.mark.parametrize("how", ["last", "lora", "full"])
+def test_towers_learn_as_far_as_asked(
+    tables: Path, text_model: Path, image_model: Path, tmp_path: Path, how: str
+) -> None:
+    knobs = config(tune=how, last_layers=1, tower_lr=1.0, training={"epochs": 2})
+    train_on(tables, tmp_path / "m", model=str(text_model), image_model=str(image_model), config=knobs)
+    before, after = (load_file(str(f / "model.safetensors")) for f in (text_model, tmp_path / "m" / "text"))
+    assert set(after) <= set(before)
+    moved = {name for name in after if not torch.equal(before[name], after[name])}
+    in_layer = {n: any(f"layer.{n}." in name for name in moved) for n in (0, 1)}
+    assert in_layer == {0: how != "last", 1: True}
+    assert ("embeddings.word_embeddings.weight" in moved) == (how == "full")
+    pictures = [load_file(str(f / "model.safetensors")) for f in (image_model, tmp_path / "m" / "image")]
+    assert any(not torch.equal(pictures[0][name], pictures[1][name]) for name in pictures[1])
+    assert embeddings(tables, tmp_path / "m", tmp_path / "e").shape == (48, 8)
+
+
+def test_extra_vocab_becomes_tokens_that_start_from_their_pieces(
+    tables: Path, text_model: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    still = config(tune="last", last_layers=1, extra_vocab=("brand",), training={"epochs": 1, "lr": 1e-9})
+    quality = train_on(
+        tables, tmp_path / "m", model=str(text_model), template="{title} {brand}", config=still
+    )
+    assert quality["new_words"] == 2  # ax = a ##x, ziggy = zi ##gg ##y
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "m" / "text")
+    assert tokenizer.tokenize("ziggy red ax") == ["ziggy", "red", "ax"]
+    table = "embeddings.word_embeddings.weight"
+    old, new = (load_file(str(f / "model.safetensors"))[table] for f in (text_model, tmp_path / "m" / "text"))
+    assert torch.equal(new[: len(old)], old)
+    known = BertTokenizerFast.from_pretrained(text_model).get_vocab()
+    pieces = old[[known["zi"], known["##gg"], known["##y"]]].mean(0)
+    row = tokenizer.get_vocab()["ziggy"]
+    torch.testing.assert_close(new[row], pieces, atol=1e-5, rtol=0)
+
+    moving = config(tune="last", last_layers=1, tower_lr=1.0, extra_vocab=("brand",), training={"epochs": 2})
+    train_on(tables, tmp_path / "n", model=str(text_model), template="{title} {brand}", config=moving)
+    learnt = load_file(str(tmp_path / "n" / "text" / "model.safetensors"))[table]
+    assert torch.equal(learnt[: len(old)], old) and not torch.equal(learnt[row], new[row])
+    assert embeddings(tables, tmp_path / "n", tmp_path / "e").shape == (48, 8)
+
+
+def test_extra_vocab_needs_a_tower_that_learns(tables: Path, text_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="need a text model that learns"):
+        train_on(tables, tmp_path / "m", model=str(text_model), config=config(extra_vocab=("brand",)))
+
+
+def test_init_from_goes_on_from_yesterday(tables: Path, text_model: Path, tmp_path: Path) -> None:
+    train_on(tables, tmp_path / "m", model=str(text_model), config=config())
+    still = config(training={"epochs": 1, "lr": 1e-12, "weight_decay": 0})
+    train_on(tables, tmp_path / "n", init_from=tmp_path / "m", config=still)
+    first, second = (load_file(str(tmp_path / name / "model.safetensors")) for name in "mn")
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, atol=1e-6, rtol=0)
+    other = config(fusion={"kind": "gated"})
+    with pytest.raises(UsageError, match="a concat fusion of 8 dims"):
+        train_on(tables, tmp_path / "o", init_from=tmp_path / "m", config=other)
+
+
+def test_until_leaves_out_later_pairs(tables: Path, text_model: Path, tmp_path: Path) -> None:
+    stage = TrainEncoder(
+        tables / "pairs.parquet", tables / "items.parquet", model=str(text_model), until=130, config=config()
+    )
+    manifest = run(stage, tmp_path / "m", OPTIONS).manifest
+    assert manifest is not None and manifest.data_cutoff == 129
+    assert manifest.quality["pairs"] + manifest.quality["held_out_pairs"] == 30
+
+
+def test_until_without_times_is_refused(tables: Path, text_model: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare.parquet"
+    pl.read_parquet(tables / "pairs.parquet").drop("timestamp").write_parquet(bare)
+    stage = TrainEncoder(bare, tables / "items.parquet", model=str(text_model), until=130, config=config())
+    with pytest.raises(ContractError, match="--until cannot be held"):
+        run(stage, tmp_path / "m", OPTIONS)
+
+
+def test_two_runs_give_the_same_bytes(tables: Path, text_model: Path, tmp_path: Path) -> None:
+    for name in "mn":
+        train_on(tables, tmp_path / name, model=str(text_model), config=config(category="thing"))
+    for name in ("model.safetensors", "config.json", "metrics.jsonl"):
+        assert (tmp_path / "m" / name).read_bytes() == (tmp_path / "n" / name).read_bytes()
