@@ -152,7 +152,7 @@ class GsuTopK(Stage):
         }
 
     def data_cutoff(self, ctx: Context) -> int | None:
-        """Log and requests are read as of each request's own time and leave no trace of later; vectors may."""
+        """Log and requests are read as of each request's own time and leave no trace of later."""
         strict = ("events", "requests")
         cutoffs = [table.data_cutoff for role, table in ctx.inputs.items() if role not in strict]
         return max((cutoff for cutoff in cutoffs if cutoff is not None), default=None)
