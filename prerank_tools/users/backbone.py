@@ -43,7 +43,7 @@ class DhenLayer(nn.Module):
 
 
 class Backbone(nn.Module):
-    """Summaries (B, S, s) and candidates (B, K) -> logits (B, K, H)."""
+    """Summaries (B, S, s) and candidates (B, K), content at unit mean square -> logits (B, K, H)."""
 
     def __init__(
         self, model: UserModel, *, content: int, part: int, heads: int, layers: int, width: int
@@ -55,6 +55,8 @@ class Backbone(nn.Module):
         self.item, self.content = nn.Linear(part, width), nn.Linear(content, width)
         self.place = nn.Parameter(torch.zeros(tokens, width))
         self.layers = nn.ModuleList(DhenLayer(tokens, width) for _ in range(layers))
+        # A dot product in the items' own space: the plainest thing a summary can learn is a taste.
+        self.taste = nn.Linear(config.summaries * config.summary_width, heads * content)
         self.heads = nn.Sequential(
             nn.Linear(tokens * width, 2 * width), nn.SiLU(), nn.Linear(2 * width, heads)
         )
@@ -62,11 +64,13 @@ class Backbone(nn.Module):
     def forward(self, summary_BSs: Tensor, item_BKp: Tensor, content_BKC: Tensor) -> Tensor:
         candidates = content_BKC.shape[1]
         user_BKSw = self.summary(summary_BSs)[:, None].expand(-1, candidates, -1, -1)
-        item_BK2w = torch.stack([self.item(item_BKp), self.content(rms(content_BKC))], dim=2)
+        item_BK2w = torch.stack([self.item(item_BKp), self.content(content_BKC)], dim=2)
         x_Rmw = (torch.cat([user_BKSw, item_BK2w], dim=2) + self.place).flatten(0, 1)
         for layer in self.layers:
             x_Rmw = layer(x_Rmw)
-        return self.heads(x_Rmw.flatten(1)).unflatten(0, (-1, candidates))
+        taste_BHC = self.taste(summary_BSs.flatten(1)).unflatten(1, (-1, content_BKC.shape[2]))
+        match_BKH = content_BKC @ taste_BHC.transpose(1, 2) / content_BKC.shape[2] ** 0.5
+        return self.heads(x_Rmw.flatten(1)).unflatten(0, (-1, candidates)) + match_BKH
 
 
 class Training(nn.Module):
@@ -90,4 +94,4 @@ class Training(nn.Module):
     def logits(self, batch: TrainBatch) -> Tensor:
         """(B, K, H) before the sigmoid."""
         item_BKp = self.user.events.item(batch.item_BK)
-        return self.backbone(self.user(batch.events), item_BKp, batch.content_BKC)
+        return self.backbone(self.user(batch.events), item_BKp, rms(batch.content_BKC))

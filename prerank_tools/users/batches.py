@@ -38,6 +38,7 @@ class Sampling:
     negatives: int = 16
     kind: Literal["mixed", "popularity", "uniform"] = "mixed"
     power: float = 0.75
+    drop_events: float = 0.0  # chance that an event is left out of a training history
 
 
 @dataclass(frozen=True)
@@ -78,12 +79,20 @@ class NextBaskets:
         negatives = self._negatives(len(which), rng)
         item_BK, label_BKH, weight_BK = self._candidates(which, drawn, negatives)
         return TrainBatch(
-            events=pad(self.log, self.catalogue, self.histories.take(which)),
+            events=pad(self.log, self.catalogue, self._thinned(which, rng)),
             item_BK=torch.from_numpy(self.catalogue.bucket_I[item_BK]),
             content_BKC=torch.from_numpy(self.catalogue.content_IC[item_BK]),
             label_BKH=torch.from_numpy(label_BKH),
             weight_BK=torch.from_numpy(weight_BK),
         )
+
+    def _thinned(self, which: np.ndarray, rng: np.random.Generator) -> Histories:
+        """Histories with events left out at random; the newest one stays, ages are counted from it."""
+        whole = self.histories.take(which)
+        kept = [rng.random(len(rows)) >= self.sampling.drop_events for rows in whole.rows]
+        for keep in kept:
+            keep[-1] = True
+        return Histories([rows[keep] for rows, keep in zip(whole.rows, kept, strict=True)], whole.count_S)
 
     def _positives(self, sample: int, rng: np.random.Generator) -> np.ndarray:
         rows = self.baskets.rows[sample]

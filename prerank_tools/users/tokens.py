@@ -84,7 +84,7 @@ class QueryTokens(nn.Module):
     def __init__(self, tokens: int, width: int) -> None:
         super().__init__()
         self.shape = (tokens, width)
-        self.learned = nn.Parameter(torch.randn(tokens, width))
+        self.learned = nn.Parameter(0.02 * torch.randn(tokens, width))
         self.mlp = nn.Sequential(nn.Linear(USER_FEATURES, width), nn.SiLU(), nn.Linear(width, tokens * width))
 
     def forward(self, user_BF: Tensor) -> Tensor:

@@ -39,12 +39,12 @@ PRESETS: dict[str, dict[str, Any]] = {
 class UserTraining(TrainConfig):
     """How the user model is trained (defaults ours)."""
 
-    epochs: int = Field(default=8, ge=1)
-    batch_size: int = Field(default=64, ge=1)
-    lr: float = Field(default=2e-3, gt=0)
+    epochs: int = Field(default=12, ge=1)
+    batch_size: int = Field(default=32, ge=1)
+    lr: float = Field(default=5e-4, gt=0)
     warmup_steps: int = Field(default=20, ge=0)
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    patience: int = Field(default=3, ge=0)
+    patience: int = Field(default=4, ge=0)
 
 
 class TrainUserConfig(BaseModel):
@@ -63,10 +63,11 @@ class TrainUserConfig(BaseModel):
     baskets_per_user: int = Field(default=32, ge=1)  # the newest
     user_share: float = Field(default=1.0, gt=0, le=1)
     valid_share: float = Field(default=0.1, ge=0, lt=1)  # of the users
-    positives: int = Field(default=4, ge=1)
-    negatives: int = Field(default=16, ge=1)
+    positives: int = Field(default=8, ge=1)
+    negatives: int = Field(default=24, ge=1)
     negative_kind: Literal["mixed", "popularity", "uniform"] = "mixed"
     popularity_power: float = Field(default=0.75, ge=0)
+    drop_events: float = Field(default=0.3, ge=0, lt=1)  # from the histories trained on
     backbone_layers: int = Field(default=1, ge=1)
     backbone_width: int = Field(default=32, ge=4)
     lag: int = Field(default=0, ge=0)  # seconds until an ingested event can be used
@@ -118,9 +119,9 @@ class TrainUser(Stage):
         spec = self._spec(frame, ctx)
         torch.manual_seed(self.config.training.seed)
         model = artefact.build(spec, head_weights=self._head_weights(spec))
+        fit, valid = self._batches(frame, baskets_N, spec, ctx)
         if self.init_from is not None:
             load_grown(model, self.init_from)
-        fit, valid = self._batches(frame, baskets_N, spec, ctx)
         scored = list(valid.epoch(0)) if valid else []
         result = train(
             model,
@@ -218,18 +219,24 @@ class TrainUser(Stage):
         valid_S = usable & (_share(users)[found.user_S] < self.config.valid_share)
         fit_S = usable & ~valid_S if (usable & ~valid_S).any() else usable
 
-        def batches(which_S: np.ndarray) -> NextBaskets:
+        def batches(which_S: np.ndarray, *, fit: bool) -> NextBaskets:
             which = np.flatnonzero(which_S)
             return NextBaskets(
-                log, catalogue, known.take(which), found.take(which), label_NH, self._sampling(),
+                log, catalogue, known.take(which), found.take(which), label_NH, self._sampling(fit=fit),
                 self.config.training.batch_size, self.config.training.seed,
             )  # fmt: skip
 
-        return batches(fit_S), batches(valid_S) if valid_S.any() else None
+        return batches(fit_S, fit=True), batches(valid_S, fit=False) if valid_S.any() else None
 
-    def _sampling(self) -> Sampling:
+    def _sampling(self, *, fit: bool) -> Sampling:
         config = self.config
-        return Sampling(config.positives, config.negatives, config.negative_kind, config.popularity_power)
+        return Sampling(
+            config.positives,
+            config.negatives,
+            config.negative_kind,
+            config.popularity_power,
+            config.drop_events if fit else 0.0,
+        )
 
     def _head_weights(self, spec: UserModelSpec) -> tuple[float, ...]:
         return tuple(self.config.heads.get(head, 1.0) for head in spec.heads)
