@@ -8,10 +8,39 @@ from typing import Annotated, Any
 import typer
 
 from .options import report_command
+from .times import time_option
 
 app = typer.Typer(
     name="eval", help="Measure embeddings, semantic IDs, GSU, users and scores.", no_args_is_help=True
 )
+
+
+@report_command(
+    app,
+    "embeddings",
+    examples=(
+        "prerank eval embeddings emb/ --events events.parquet --from 2011-10-11",
+        "prerank eval embeddings emb/ --items items.parquet --category category --json",
+    ),
+)
+def embeddings(
+    embeddings: Annotated[Path, typer.Argument(help="Item embeddings, from `prerank embed items`.")],
+    events: Annotated[
+        Path | None, typer.Option(help="Behaviour log: are items of one basket near each other?")
+    ] = None,
+    start: Annotated[int | None, time_option("--from", help="Only baskets from this time on.")] = None,
+    items: Annotated[Path | None, typer.Option(help="Item catalogue, for --category.")] = None,
+    category: Annotated[
+        list[str] | None, typer.Option(help="Column of --items: are its values together? May be repeated.")
+    ] = None,
+    k: Annotated[int, typer.Option(min=1, help="Neighbours an item.")] = 10,
+) -> dict[str, Any]:
+    """Measure recall@k of co-purchases and purity@k of categories, beside popularity and chance."""
+    from prerank_tools.encoders.eval_stage import evaluate_embeddings
+
+    return evaluate_embeddings(
+        embeddings, events=events, start=start, items=items, categories=category or (), k=k
+    )
 
 
 @report_command(
@@ -35,3 +64,28 @@ def scores(
     from prerank_tools.scorers.eval_stage import evaluate_scores
 
     return evaluate_scores(scores, requests, events=events, ks=k or (10, 50), resamples=resamples)
+
+
+@report_command(
+    app,
+    "users",
+    examples=(
+        "prerank eval users uemb/ --events events.parquet --embeddings emb/",
+        "prerank eval users uemb/ --events events.parquet --embeddings emb/ --at 2011-10-11 --json",
+    ),
+)
+def users(
+    users: Annotated[Path, typer.Argument(help="User embeddings, from `prerank embed users`.")],
+    events: Annotated[Path, typer.Option(help="Behaviour log that goes on after the embeddings.")],
+    embeddings: Annotated[Path, typer.Option(help="Item vectors: what the probe predicts.")],
+    at: Annotated[
+        int | None,
+        time_option("--at", help="Predict the first basket from here; the last as-of time."),
+    ] = None,
+    k: Annotated[int, typer.Option(min=1, help="Depth of the hit rate.")] = 10,
+    ridge: Annotated[float, typer.Option(min=0, help="Penalty of the probe, a sample.")] = 1.0,
+) -> dict[str, Any]:
+    """Measure HR@k of the next basket through a linear probe (ours), beside content and popularity."""
+    from prerank_tools.users.eval_stage import evaluate_users
+
+    return evaluate_users(users, events, embeddings, at=at, k=k, ridge=ridge)

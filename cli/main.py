@@ -13,7 +13,7 @@ import typer
 from prerank_tools.errors import PrerankError
 from prerank_tools.version import VERSION
 
-from . import console, data, embed, evaluate, export, gsu, inspection, quantize, score, train
+from . import console, data, demo, embed, evaluate, export, gsu, inspection, quantize, score, train
 from .options import WORDS
 
 app = typer.Typer(
@@ -25,7 +25,7 @@ app = typer.Typer(
 )
 for group in (data, train, embed, quantize, gsu, export, evaluate):
     app.add_typer(group.app)
-for single in (score, inspection):
+for single in (score, inspection, demo):
     single.register(app)
 
 
