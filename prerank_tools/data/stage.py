@@ -17,13 +17,10 @@ from prerank_tools.stage import Context, Part, Shard, Stage
 from prerank_tools.tables.bucketing import default_buckets, layout, part_number
 from prerank_tools.tables.contracts import split_rows
 from prerank_tools.tables.events import ORDER, EventLog, open_events, sort_rows
-from prerank_tools.tables.partition import BATCH_ROWS, RUN_ROWS, gather, gather_bad, scatter
+from prerank_tools.tables.partition import gather, gather_bad, memory_of, scatter
 from prerank_tools.tables.table import Table
 
-# Measured (benchmarks/results/partition.md): sorted rows compress to this share of the same rows unsorted,
-# copies of a run that are held at once, and what the libraries take before the first row.
-SORTED_SHARE, COPIES, IDLE_BYTES = 0.8, 3.5, 56 << 20
-
+SORTED_SHARE = 0.8  # of the bytes of the same rows unsorted (benchmarks/results/partition.md)
 ROW_NAME = {"events": "item_id", "requests": "request_id"}  # what tells rows of one user and time apart
 
 
@@ -110,7 +107,9 @@ class Partition(Stage):
             "late_rows": int(late["rows"].sum()),
             "late_users": len(late),
         }
-        return Part(frame, quarantine=bad, counts=counts, tables={"late_users": late})
+        # An empty part a bucket would double the files for nothing; one keeps the table readable.
+        tables = {"late_users": late} if len(late) or bucket == 0 else {}
+        return Part(frame, quarantine=bad, counts=counts, tables=tables)
 
     def quality(self, counts: Mapping[str, float], ctx: Context) -> Mapping[str, Any]:
         """How the parts lie, and which rows came in which generation."""
@@ -129,14 +128,12 @@ class Partition(Stage):
         return max((time for time in times if time is not None), default=None)
 
     def estimate(self, ctx: Context, shards: Sequence[Shard]) -> Mapping[str, Any]:
-        """Rows and bytes of the new parts, and the memory of one run or of a bucket of the usual size."""
+        """Rows and bytes of the new parts, and the memory of one run or of the largest bucket."""
         table = ctx.table("rows")
-        sample = table.scan().head(BATCH_ROWS).collect()
-        held = min(table.rows, max(RUN_ROWS, table.rows // self._buckets(ctx)))
         return {
             "rows_out": sum(shard.rows for shard in shards),
             "bytes_out": int(sum(size for _, size, _ in table.stamps) * SORTED_SHARE),
-            "memory_bytes": int(IDLE_BYTES + held * COPIES * sample.estimated_size() / len(sample)),
+            "memory_bytes": memory_of(table, by=self.by, buckets=self._buckets(ctx)),
         }
 
     @property
