@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from .options import IO, parse_knobs, stage_command
+from .times import time_option
 
 app = typer.Typer(name="embed", help="Turn items or users into vectors.", no_args_is_help=True)
 
@@ -105,4 +106,49 @@ def items(
         dtype=dtype.value,
         previous=previous,
         config=parse_knobs(EmbedConfig, knobs),
+    )
+
+
+@stage_command(
+    app,
+    "users",
+    examples=(
+        "prerank embed users --events events.parquet --embeddings emb/ --model user_model/ "
+        "--as-of 2011-10-11 -o uemb/",
+        "prerank embed users --events events.parquet --embeddings emb/ --model user_model/ "
+        "--requests r.parquet -o uemb_requests/",
+    ),
+)
+def users(
+    events: Annotated[Path, typer.Option(help="The behaviour log.", rich_help_panel=IO)],
+    embeddings: Annotated[
+        Path, typer.Option(help="Item vectors, from the encoder the model was trained with.")
+    ],
+    model: Annotated[Path, typer.Option(help="A user model, from `prerank train user`.")],
+    as_of: Annotated[
+        list[int] | None,
+        time_option("--as-of", help="Embed every user as of this time; may be repeated."),
+    ] = None,
+    requests: Annotated[
+        Path | None, typer.Option(help="Embed the users of requests as of the day of each request.")
+    ] = None,
+    previous: Annotated[
+        Path | None,
+        typer.Option(help="An earlier output: only users whose history changed are computed again."),
+    ] = None,
+    erased: Annotated[
+        Path | None, typer.Option(help="Users to leave out: a Parquet file with a column user_id.")
+    ] = None,
+) -> Any:
+    """Embed users from what they did before a time; consumers join as of."""
+    from prerank_tools.users.stage import EmbedUsers
+
+    return EmbedUsers(
+        events,
+        embeddings,
+        model,
+        as_of=tuple(as_of or ()),
+        requests=requests,
+        previous=previous,
+        erased=erased,
     )
