@@ -1,0 +1,210 @@
+"""Residual assignment on one GPU: checked against float64 and the CPU, then timed beside eager bf16.
+
+    python benchmarks/gpu_assign.py --out "$OUT"
+
+Synthetic float16 unit vectors around clusters, in GPU memory; codebooks fitted on them by k-means.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import triton
+
+from prerank_tools.quantizers import assign_torch as gpu
+from prerank_tools.quantizers.assign import assign_exact
+from prerank_tools.quantizers.assign_triton import Tiling, nearest_triton
+from prerank_tools.quantizers.kmeans_torch import kmeans_torch
+
+TILINGS = [
+    Tiling(128, 256, 64, 8, 3),
+    Tiling(128, 256, 64, 8, 4),
+    Tiling(128, 256, 32, 8, 4),
+    Tiling(128, 256, 128, 8, 2),
+    Tiling(128, 128, 64, 4, 3),
+    Tiling(128, 128, 64, 4, 4),
+    Tiling(128, 128, 64, 8, 3),
+    Tiling(128, 128, 128, 4, 2),
+    Tiling(64, 256, 64, 4, 3),
+    Tiling(64, 256, 64, 4, 4),
+    Tiling(64, 128, 64, 4, 4),
+    Tiling(256, 128, 64, 8, 3),
+]
+
+
+def main() -> None:
+    """Check, time, write."""
+    words = argparse.ArgumentParser(description=__doc__)
+    words.add_argument("--out", type=Path, default=Path())
+    words.add_argument("--dims", type=int, default=512)
+    words.add_argument("--rows", type=int, default=1 << 22)
+    given = words.parse_args()
+    torch.manual_seed(0)
+    lines = [
+        "# Residual assignment on one GPU", "",
+        f"`python benchmarks/gpu_assign.py` on {torch.cuda.get_device_name()}, torch {torch.__version__}, "
+        f"triton {triton.__version__}, Python {platform.python_version()}, {datetime.now(UTC):%Y-%m-%d}, seed 0.",
+        "",
+        f"{given.rows:,} float16 vectors of {given.dims} dims in GPU memory. \"Exact\" is the whole of "
+        "`assign_on_device`: fused product and argmin, then rows in doubt in float64, then what is left on the "
+        "CPU; its codes equal the float64 definition. \"Guess\" is the part before float64. \"Eager\" is the "
+        "plain loop in bf16 (product, argmin, subtraction), which is not exact. Medians of 10.", "",
+    ]  # fmt: skip
+    x_ND = clustered(given.rows, given.dims)
+    for size, rows in ((256, given.rows), (8_192, given.rows // 8)):
+        lines += measure(x_ND[:rows], size)
+    text = "\n".join(lines) + "\n"
+    given.out.mkdir(parents=True, exist_ok=True)
+    (given.out / "gpu_assign.md").write_text(text)
+    print(text)
+
+
+def clustered(rows: int, dims: int) -> torch.Tensor:
+    """Unit vectors: 20,000 clusters of Zipf size, two thirds of the length from the cluster."""
+    centre_CD = torch.nn.functional.normalize(torch.randn(20_000, dims, device="cuda"))
+    share_C = 1.0 / torch.arange(1, 20_001, device="cuda").float().sqrt()
+    blocks = []
+    for _ in range(0, rows, 1 << 18):
+        which = torch.multinomial(share_C, 1 << 18, replacement=True)
+        noise = torch.nn.functional.normalize(torch.randn(1 << 18, dims, device="cuda"))
+        blocks.append(torch.nn.functional.normalize(2.0 * centre_CD[which] + 1.2 * noise).half())
+    return torch.cat(blocks)[:rows]
+
+
+def measure(x_ND: torch.Tensor, size: int) -> list[str]:
+    """One section: fit, check, time."""
+    started = time.perf_counter()
+    codebooks = fit(x_ND[: 1 << 19], size, iterations=25 if size <= 1_024 else 8)
+    fitted = time.perf_counter() - started
+    levels = gpu.put_levels(codebooks, "cuda")
+    lines = [f"## 3 x {size}", "", f"Fitted on {min(len(x_ND), 1 << 19):,} rows in {fitted:.1f} s.", ""]
+    lines += check(x_ND, codebooks, levels)
+    lines += ["| path | M vectors/s | ms | TFLOP/s of the product |", "|---|---|---|---|"]
+    flop = 2.0 * len(x_ND) * x_ND.shape[1] * 3 * size
+
+    def row(name: str, work: Callable[[], object]) -> float:
+        try:
+            ms = median_ms(work)
+        except Exception as fault:  # a tiling that does not fit this GPU is a line in the table
+            lines.append(f"| {name} | {type(fault).__name__}: {str(fault).splitlines()[0][:80]} | | |")
+            return float("inf")
+        lines.append(f"| {name} | {len(x_ND) / ms / 1e3:.1f} | {ms:.3f} | {flop / ms / 1e9:.0f} |")
+        return ms
+
+    narrow_ND = x_ND.bfloat16()
+    narrow = [torch.from_numpy(codebook_KD).cuda().bfloat16() for codebook_KD in codebooks]
+    row("eager bf16", lambda: eager(narrow_ND, narrow))
+    row("product alone, bf16", lambda: product_alone(narrow_ND, narrow))
+    row("lengths", lambda: torch.linalg.vector_norm(x_ND, dim=1, dtype=torch.float32))
+    row("guess, torch", lambda: gpu.guess(x_ND, levels, gpu.nearest_torch))
+    best, best_ms = Tiling(), float("inf")
+    for tiling in TILINGS:
+        nearest = partial(nearest_triton, tiling=tiling)
+        ms = row(f"guess, kernel {tiling}", lambda nearest=nearest: gpu.guess(x_ND, levels, nearest))
+        if ms < best_ms:
+            best, best_ms = tiling, ms
+    nearest = partial(nearest_triton, tiling=best)
+    row(f"exact, kernel {best}", lambda: gpu.assign_on_device(x_ND, levels, nearest=nearest))
+    row("exact, default kernel", lambda: gpu.assign_on_device(x_ND, levels))
+    lines.append("")
+    return lines
+
+
+def fit(x_ND: torch.Tensor, size: int, *, iterations: int) -> list[np.ndarray]:
+    """Three levels of k-means on residuals."""
+    torch.backends.cuda.matmul.allow_tf32 = True
+    r_ND, codebooks = x_ND.float(), []
+    for _ in range(3):
+        codebook_KD, code_N = kmeans_torch(r_ND, size, iterations=iterations, seed=0, device="cuda")
+        codebooks.append(codebook_KD)
+        r_ND = r_ND - torch.from_numpy(codebook_KD).cuda()[torch.from_numpy(code_N).cuda()]
+    torch.backends.cuda.matmul.allow_tf32 = False
+    return codebooks
+
+
+def check(x_ND: torch.Tensor, codebooks: list[np.ndarray], levels: gpu.Levels) -> list[str]:
+    """Codes of every tiling against float64 on this GPU, and of a few rows against the CPU's definition."""
+    rows = 1 << 17
+    x_nD = x_ND[:rows]
+    exact_nL = in_float64(x_nD, levels)
+    lines, checked = [], 0
+    for tiling in TILINGS:
+        try:
+            codes_nL, doubt_n = gpu.guess(x_nD, levels, partial(nearest_triton, tiling=tiling))
+        except Exception as fault:
+            lines.append(f"- {tiling}: {type(fault).__name__}")
+            continue
+        guessed = codes_nL.clone()
+        doubts = float((doubt_n != 0).float().mean())
+        left = gpu.settle(x_nD, codes_nL, doubt_n, levels)
+        wrong = int((codes_nL != exact_nL).any(1).sum())
+        corrected = int((codes_nL != guessed).any(1).sum())
+        assert wrong == 0, f"{tiling}: {wrong} of {rows} rows differ from float64"
+        checked += 1
+    cpu = 2_000 if len(codebooks[0]) > 1_024 else 20_000
+    host_nL = assign_exact(x_nD[:cpu].cpu().numpy(), codebooks)
+    same = bool((gpu.assign_on_device(x_nD[:cpu], levels).cpu().numpy() == host_nL).all())
+    assert same, "GPU and CPU differ"
+    lines.append(
+        f"- {checked} tilings: {rows:,} rows equal float64, {cpu:,} rows equal the CPU's `assign_exact`; "
+        f"{doubts:.2%} of rows in doubt, {corrected / rows:.3%} corrected, {left} left to the CPU."
+    )
+    return [*lines, ""]
+
+
+def in_float64(x_nD: torch.Tensor, levels: gpu.Levels) -> torch.Tensor:
+    """The plain loop in float64."""
+    r_nD, codes = x_nD.double(), []
+    for codebook_KD in levels.exact:
+        code_n = torch.cat(
+            [(codebook_KD.square().sum(1) - 2.0 * r @ codebook_KD.T).argmin(1) for r in r_nD.split(1 << 14)]
+        )
+        codes.append(code_n)
+        r_nD = r_nD - codebook_KD[code_n]
+    return torch.stack(codes, 1).int()
+
+
+def eager(x_ND: torch.Tensor, codebooks: list[torch.Tensor]) -> torch.Tensor:
+    """What anyone would write, in bf16, by blocks that fit."""
+    found = []
+    for x_nD in x_ND.split(1 << 19 if len(codebooks[0]) <= 1_024 else 1 << 16):
+        r_nD, codes = x_nD, []
+        for codebook_KD in codebooks:
+            code_n = (codebook_KD.square().sum(1) - 2 * (r_nD @ codebook_KD.T)).argmin(1)
+            codes.append(code_n)
+            r_nD = r_nD - codebook_KD[code_n]
+        found.append(torch.stack(codes, 1))
+    return torch.cat(found)
+
+
+def product_alone(x_ND: torch.Tensor, codebooks: list[torch.Tensor]) -> None:
+    """The floor: only the matrix products of all levels."""
+    for x_nD in x_ND.split(1 << 19 if len(codebooks[0]) <= 1_024 else 1 << 16):
+        for codebook_KD in codebooks:
+            torch.mm(x_nD, codebook_KD.T)
+
+
+def median_ms(work: Callable[[], object], repeats: int = 10) -> float:
+    """Median of the device time of `repeats` runs after two to warm up."""
+    times = []
+    for turn in range(repeats + 2):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        work()
+        end.record()
+        torch.cuda.synchronize()
+        if turn > 1:
+            times.append(begin.elapsed_time(end))
+    return float(np.median(times))
+
+
+if __name__ == "__main__":
+    main()

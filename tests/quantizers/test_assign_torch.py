@@ -1,0 +1,102 @@
+"""Assignment with torch: float16 guesses, doubts settled in float64; the kernel where there is a GPU."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from prerank_tools.quantizers import assign_torch as gpu
+from prerank_tools.quantizers.assign import assign_exact
+from prerank_tools.quantizers.kmeans_torch import kmeans_torch
+
+
+def hard(
+    scale: float = 1.0, shift: float = 0.0, dims: int = 48, sizes: tuple[int, ...] = (200, 256, 31)
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Vectors without structure, some halfway between two codes, some on a code, and one code twice."""
+    rng = np.random.default_rng(0)
+    codebooks = [
+        (rng.standard_normal((size, dims)) / 1.2**level / 8).astype(np.float32)
+        for level, size in enumerate(sizes)
+    ]
+    x_ND = (rng.standard_normal((800, dims)) / 8).astype(np.float32)
+    a_N, b_N = rng.integers(0, sizes[0], (2, 200))
+    x_ND[:200] = (codebooks[0][a_N].astype(np.float64) + codebooks[0][b_N]) / 2
+    x_ND[200:220] = codebooks[0][:20]
+    codebooks[0][77] = codebooks[0][5]
+    codebooks[0] = codebooks[0] + np.float32(shift)
+    return (x_ND + np.float32(shift)) * np.float32(scale), [c_KD * np.float32(scale) for c_KD in codebooks]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize(("scale", "shift"), [(1.0, 0.0), (1.0, 2.0), (1e-5, 0.0), (3e5, 0.0)])
+@pytest.mark.parametrize("table_codes", [1_024, 1])
+def test_codes_are_exact_and_every_wrong_guess_was_in_doubt(
+    monkeypatch: pytest.MonkeyPatch, dtype: type, scale: float, shift: float, table_codes: int
+) -> None:
+    if dtype == np.float16 and scale > 1:
+        pytest.skip("beyond the range of float16")
+    monkeypatch.setattr(gpu, "TABLE_CODES", table_codes)
+    x_ND, codebooks = hard(scale, shift)
+    x_ND = x_ND.astype(dtype)
+    exact_NL = assign_exact(x_ND, codebooks)
+    levels, x = gpu.put_levels(codebooks, "cpu"), torch.from_numpy(x_ND)
+    codes_NL, doubt_N = gpu.guess(x, levels, gpu.nearest_torch)
+    wrong_NL = codes_NL.numpy() != exact_NL
+    rows = np.flatnonzero(wrong_NL.any(axis=1))
+    assert len(rows)
+    assert (doubt_N.numpy()[rows] >> wrong_NL[rows].argmax(axis=1) & 1).all()
+    gpu.settle(x, codes_NL, doubt_N, levels)
+    np.testing.assert_array_equal(codes_NL.numpy(), exact_NL)
+
+
+def test_rows_beyond_float16_are_settled() -> None:
+    x_ND, codebooks = hard()
+    x_ND[:5] *= 1e6
+    np.testing.assert_array_equal(
+        gpu.assign_torch(x_ND, codebooks, device="cpu"), assign_exact(x_ND, codebooks)
+    )
+
+
+def test_int8_and_uneven_levels() -> None:
+    rng = np.random.default_rng(0)
+    x_ND = rng.integers(-127, 128, (500, 32)).astype(np.int8)
+    codebooks = [rng.integers(-50, 50, (size, 32)).astype(np.float32) for size in (40, 1, 7)]
+    np.testing.assert_array_equal(
+        gpu.assign_torch(x_ND, codebooks, device="cpu"), assign_exact(x_ND, codebooks)
+    )
+
+
+def test_kmeans_lowers_the_error_repeats_and_fills_empty_codes() -> None:
+    rng = np.random.default_rng(0)
+    x_ND = (
+        rng.standard_normal((8, 6))[rng.integers(0, 8, 900)] + 0.1 * rng.standard_normal((900, 6))
+    ).astype("f4")
+    one_KD, code_N = kmeans_torch(x_ND, 16, iterations=15, seed=1, device="cpu")
+    two_KD, _ = kmeans_torch(x_ND, 16, iterations=15, seed=1, device="cpu")
+    np.testing.assert_array_equal(one_KD, two_KD)
+    np.testing.assert_array_equal(code_N, ((x_ND[:, None] - one_KD) ** 2).sum(-1).argmin(1))
+    assert len(np.unique(code_N)) == 16
+    assert ((x_ND - one_KD[code_N]) ** 2).sum(1).mean() < 0.1
+    same_KD, _ = kmeans_torch(np.repeat(x_ND[:2], 20, axis=0), 4, iterations=5, seed=0, device="cpu")
+    assert np.isfinite(same_KD).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("sizes", [(256, 256, 256), (2_000, 1_500), (40, 9)])
+def test_the_kernel_equals_the_definition(dtype: torch.dtype, sizes: tuple[int, ...]) -> None:
+    from prerank_tools.quantizers.assign_triton import Tiling, nearest_triton
+
+    x_ND, codebooks = hard(dims=100, sizes=sizes)
+    x = torch.from_numpy(x_ND).cuda().to(dtype)
+    exact_NL = assign_exact(x.float().cpu().numpy(), codebooks)
+    levels = gpu.put_levels(codebooks, "cuda")
+    for tiling in (Tiling(), Tiling(64, 128, 32, 4, 2)):
+        nearest = partial(nearest_triton, tiling=tiling)
+        np.testing.assert_array_equal(
+            gpu.assign_on_device(x, levels, nearest=nearest).cpu().numpy(), exact_NL
+        )
