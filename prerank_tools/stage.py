@@ -38,8 +38,8 @@ class Part:
     """What a shard becomes: its rows of the output, the rows refused with a reason, and counts to add up.
 
     `frame` is None where a stage has no main table. `tables` are further named tables, published as
-    `<output>/<name>/data/part-*.parquet`, each with a manifest of its own. `linked` is a published part, as
-    its manifest lists it but with an absolute `path`, that becomes this one as it stands, in `frame`'s place.
+    `<output>/<name>/data/part-*.parquet`, each with a manifest of its own. `linked` are parts of an
+    earlier output, as its manifest lists them but with absolute paths, that go into this one as they stand.
     `counts` are numbers summed over shards and written to the manifest's `counts`; `rows_in` is required
     where rows can be quarantined or dropped.
     """
@@ -48,7 +48,7 @@ class Part:
     quarantine: pl.DataFrame | None = None
     counts: dict[str, int | float] = field(default_factory=dict)
     tables: dict[str, pl.DataFrame] = field(default_factory=dict)
-    linked: Mapping[str, Any] | None = None
+    linked: Sequence[Mapping[str, Any]] = ()
 
 
 def _silent(event: str, **fields: Any) -> None:

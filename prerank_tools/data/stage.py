@@ -76,27 +76,22 @@ class Partition(Stage):
             raise ContractError(f"{table.path}: is in {earlier.path} already", "append each day once")
 
     def plan(self, ctx: Context) -> Sequence[Shard]:
-        """The earlier parts, then one shard a bucket for the new rows."""
+        """One shard a bucket for the new rows, numbered after the earlier parts; shard 0 links those."""
+        rows, buckets = ctx.table("rows").rows, self._buckets(ctx)
         earlier = ctx.table("earlier") if self.append_to else None
-        counts = earlier.part_rows if earlier else ()
-        buckets = self._buckets(ctx)
-        kept = [
-            Shard(part_number(part), str(part), 0, rows, {"earlier": True})
-            for part, rows in zip(earlier.parts if earlier else (), counts, strict=True)
-        ]
-        first, rows = len(kept), ctx.table("rows").rows
+        first = 1 + max(map(part_number, earlier.parts)) if earlier else 0
         share = [rows // buckets + (bucket < rows % buckets) for bucket in range(buckets)]
-        return kept + [Shard(first + n, "", 0, share[n], {"bucket": n}) for n in range(buckets)]
+        new = [Shard(first + n, "", 0, share[n], {"bucket": n}) for n in range(buckets)]
+        return [Shard(0, "", 0, earlier.rows, {"earlier": True}), *new] if earlier else new
 
     def prepare(self, ctx: Context) -> None:
         """Scatter the new rows into runs on the output's filesystem."""
         scatter(ctx.table("rows"), ctx.scratch / "runs", by=self.by, buckets=self._buckets(ctx))
 
     def process(self, shard: Shard, ctx: Context) -> Part:
-        """Link an earlier part, or gather one bucket of the new rows."""
+        """Link the earlier parts, or gather one bucket of the new rows."""
         if shard.extra.get("earlier"):
-            part = _published(ctx.table("earlier"), shard.index)
-            return Part(frame=None, linked=part, counts={"rows_in": shard.rows})
+            return Part(None, linked=_published(ctx.table("earlier")), counts={"rows_in": shard.rows})
         bucket, runs = shard.extra["bucket"], ctx.scratch / "runs"
         frame = gather(runs, bucket, order=(self.by, "timestamp", ROW_NAME[self.contract]))
         bad = gather_bad(runs) if bucket == 0 else None
@@ -128,7 +123,7 @@ class Partition(Stage):
         return max((time for time in times if time is not None), default=None)
 
     def estimate(self, ctx: Context, shards: Sequence[Shard]) -> Mapping[str, Any]:
-        """Rows and bytes of the new parts, and the memory of one run or of the largest bucket."""
+        """Rows in all, bytes of the new parts, and the memory of one run or of the largest bucket."""
         table = ctx.table("rows")
         return {
             "rows_out": sum(shard.rows for shard in shards),
@@ -254,12 +249,10 @@ def _late_users(rows: pl.DataFrame, by: str, watermark: int | None) -> pl.DataFr
     return late.group_by(by).agg(since=pl.col("timestamp").min(), rows=pl.len().cast(pl.Int64)).sort(by)
 
 
-def _published(table: Table, number: int) -> dict[str, Any]:
-    """The manifest's entry of one part, with the path it has now."""
-    assert table.manifest is not None
-    name = f"data/part-{number:05d}.parquet"
-    entry = next(part for part in table.manifest["outputs"]["parts"] if part["path"] == name)
-    return {**entry, "path": str((table.path / name).absolute())}
+def _published(table: Table) -> list[dict[str, Any]]:
+    """The manifest's entries of a table's parts, with the paths they have now."""
+    parts = (table.manifest or {})["outputs"]["parts"]
+    return [{**part, "path": str((table.path / part["path"]).absolute())} for part in parts]
 
 
 def _generations(table: Table) -> list[dict[str, Any]]:

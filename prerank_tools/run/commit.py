@@ -31,20 +31,16 @@ def commit_file(path: Path, write: Callable[[Path], object]) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
-def commit_link(path: Path, source: Path) -> None:
+def link_file(path: Path, source: Path) -> None:
     """Let `path` be another name of a published file; a copy where the filesystem cannot link."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
     try:
-        os.link(source, temporary)
+        os.link(source, path)  # not flushed: publishing flushes every folder
     except OSError as fault:
         if fault.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
             raise
-        shutil.copyfile(source, temporary)
-        flush(temporary)
-    os.replace(temporary, path)
-    flush(path.parent)
+        commit_file(path, lambda temporary: shutil.copyfile(source, temporary) and None)
 
 
 def commit_json(path: Path, record: Mapping[str, Any]) -> None:

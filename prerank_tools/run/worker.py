@@ -11,7 +11,7 @@ from typing import Any
 import polars as pl
 
 from prerank_tools.errors import ContractError, PrerankError, RetryError
-from prerank_tools.run.commit import commit_file, commit_json, commit_link
+from prerank_tools.run.commit import commit_file, commit_json, link_file
 from prerank_tools.run.threads import fix_threads, take_gpu
 from prerank_tools.stage import Context, Part, Shard, Stage
 from prerank_tools.tables.parquet import write_parquet
@@ -69,10 +69,10 @@ def write_part(part: Part, stage: Stage, work: Path, folder: str, index: int) ->
     if part.quarantine is not None and len(part.quarantine):
         frames["quarantine"] = (part.quarantine, "")
     files = []
-    if part.linked is not None:
-        path = Path(folder) / f"part-{index:05d}.parquet"
-        commit_link(work / path, Path(part.linked["path"]))
-        files.append({**part.linked, "path": str(path)})
+    for published in part.linked:
+        path = Path(folder) / Path(published["path"]).name
+        link_file(work / path, Path(published["path"]))
+        files.append({**published, "path": str(path)})
     for place, (frame, contract) in frames.items():
         path = Path(place) / f"part-{index:05d}.parquet"
         written = commit_file(work / path, lambda to, f=frame, c=contract: _write(f, to, c, stage))  # type: ignore[misc]
