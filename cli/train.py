@@ -21,9 +21,9 @@ app = typer.Typer(
     app,
     "scorer",
     examples=(
-        "prerank train scorer --requests r.parquet --events e.parquet --items items.parquet "
+        "prerank train scorer --requests train_requests/ --events e.parquet --items items.parquet "
         "--embeddings emb/ -o scorer/",
-        "prerank train scorer --requests r.parquet --events e.parquet --items items.parquet "
+        "prerank train scorer --requests train_requests/ --events e.parquet --items items.parquet "
         "--embeddings emb/ --users uemb/ --until 2011-10-11 -o scorer_users/",
     ),
 )
@@ -60,9 +60,9 @@ def scorer(
     app,
     "user",
     examples=(
-        "prerank train user --events events.parquet --embeddings emb/ -o user_model/",
+        "prerank train user --events events.parquet --embeddings emb/ --until 2011-09-01 -o user_model/",
         "prerank train user --events events.parquet --embeddings emb/ --until 2011-10-11 "
-        "-o user_model_until/",
+        "--init-from user_model/ -o user_model_next/",
     ),
 )
 def user(
