@@ -149,7 +149,7 @@ def read_below(root: Path, name: str, max_bytes: int) -> bytes:
         if path.stat().st_size > max_bytes:
             raise ImageError(f"image_path {name}: larger than {max_bytes} bytes")
         return path.read_bytes()
-    except (OSError, ValueError) as fault:  # ValueError: a NUL in the name; RuntimeError no more: link loops
-        if isinstance(fault, ImageError):
-            raise
+    except ImageError:
+        raise
+    except (OSError, ValueError, RuntimeError) as fault:  # a NUL in the name, a loop of links
         raise ImageError(f"image_path {name[:80]!r}: cannot be read") from fault
