@@ -31,12 +31,12 @@ from prerank_tools.training.loop import TrainConfig, train
 class ScorerTraining(TrainConfig):
     """How the scorer is trained (defaults ours); `batch_size` counts requests."""
 
-    epochs: int = Field(default=6, ge=1)
+    epochs: int = Field(default=10, ge=1)
     batch_size: int = Field(default=32, ge=1)
     lr: float = Field(default=2e-3, gt=0)
     warmup_steps: int = Field(default=20, ge=0)
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    patience: int = Field(default=2, ge=0)
+    patience: int = Field(default=3, ge=0)
 
 
 class TrainScorerConfig(BaseModel):
