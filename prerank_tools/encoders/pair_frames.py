@@ -161,7 +161,7 @@ def _shows_text(frame: pl.DataFrame) -> np.ndarray:
 
 
 def _hard(frame: pl.DataFrame, rows: pl.DataFrame) -> Sequence[np.ndarray]:
-    if "hard_negatives" not in frame.columns:
+    if "hard_negatives" not in frame.columns or not frame["hard_negatives"].list.len().sum():
         return ()
     row_of = dict(zip(rows["id"].to_list(), rows["row"].to_list(), strict=True))
     return [

@@ -69,7 +69,9 @@ def _after_the_stacks(model: nn.Module) -> list[nn.Module]:
 
 def _late(module: nn.Module) -> bool:
     # A dual encoder's second half begins with embeddings again: they are no last layer.
-    return not isinstance(module, (nn.Embedding, nn.Conv2d)) or module.kernel_size == (1, 1)
+    if isinstance(module, nn.Conv2d):
+        return module.kernel_size == (1, 1)
+    return not isinstance(module, nn.Embedding)
 
 
 def _adapt(tower: Tower, rank: int) -> None:

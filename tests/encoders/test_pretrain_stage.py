@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,19 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import BertConfig, BertModel, BertTokenizerFast, ViTConfig, ViTImageProcessor, ViTModel
+from transformers import (
+    BertConfig,
+    BertModel,
+    BertTokenizerFast,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    ViTConfig,
+    ViTImageProcessor,
+    ViTModel,
+)
 
+from prerank_tools.encoders.moco import Scl
 from prerank_tools.encoders.pretrain import TrainEncoderConfig
 from prerank_tools.encoders.pretrain_stage import TrainEncoder
 from prerank_tools.encoders.stage import EmbedItems
@@ -220,3 +233,87 @@ def test_two_runs_give_the_same_bytes(tables: Path, text_model: Path, tmp_path: 
         train_on(tables, tmp_path / name, model=str(text_model), config=config(category="thing"))
     for name in ("model.safetensors", "config.json", "metrics.jsonl"):
         assert (tmp_path / "m" / name).read_bytes() == (tmp_path / "n" / name).read_bytes()
+
+
+def test_a_stopped_training_goes_on_to_the_same_bytes(
+    tables: Path, text_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    knobs = config(training={"checkpoint_every": 2})
+    train_on(tables, tmp_path / "calm", model=str(text_model), config=knobs)
+    steps = iter(range(99))
+    follow = Scl.after_step
+
+    def stop(model: Scl) -> None:
+        if next(steps) == 13:
+            raise KeyboardInterrupt
+        follow(model)
+
+    monkeypatch.setattr(Scl, "after_step", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train_on(tables, tmp_path / "stopped", model=str(text_model), config=knobs)
+    assert not (tmp_path / "stopped").exists()
+    monkeypatch.setattr(Scl, "after_step", follow)
+    train_on(tables, tmp_path / "stopped", model=str(text_model), config=knobs)
+    for name in ("model.safetensors", "metrics.jsonl", "config.json"):
+        assert (tmp_path / "calm" / name).read_bytes() == (tmp_path / "stopped" / name).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def dual_model(tmp_path_factory: pytest.TempPathFactory, text_model: Path) -> Path:
+    folder = tmp_path_factory.mktemp("clip")
+    torch.manual_seed(0)
+    half = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tokenizer = BertTokenizerFast.from_pretrained(text_model)
+    CLIPModel(
+        CLIPConfig(
+            text_config={**half, "vocab_size": len(tokenizer), "max_position_embeddings": 32},
+            vision_config={**half, "image_size": 8, "patch_size": 4},
+            projection_dim=12,
+        )
+    ).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("how", ["head", "last", "lora"])
+def test_a_dual_encoder_learns_as_one_model(tables: Path, dual_model: Path, tmp_path: Path, how: str) -> None:
+    knobs = config(tune=how, last_layers=1, tower_lr=1.0, training={"epochs": 2})
+    train_on(tables, tmp_path / "m", model=str(dual_model), config=knobs)
+    before, after = (load_file(str(f / "model.safetensors")) for f in (dual_model, tmp_path / "m" / "dual"))
+    moved = {name for name in after if not torch.equal(before[name], after[name])}
+    halves = {half: any(name.startswith(half) for name in moved) for half in ("text_model", "vision_model")}
+    assert halves == dict.fromkeys(halves, how != "head")
+    assert any("layers.0." in name for name in moved) == (how == "lora")
+    assert not any("embedding" in name for name in moved)
+    assert embeddings(tables, tmp_path / "m", tmp_path / "e").shape == (48, 8)
+
+
+def test_an_image_title_pair_teaches_pictures(
+    tables: Path, text_model: Path, image_model: Path, tmp_path: Path
+) -> None:
+    items = pl.read_parquet(tables / "items.parquet")
+    named = items.select("item_id", query_text="title", kind=pl.lit("image_title"))
+    named.write_parquet(tmp_path / "pairs.parquet")
+    stage = TrainEncoder(
+        tmp_path / "pairs.parquet",
+        tables / "items.parquet",
+        model=str(text_model),
+        image_model=str(image_model),
+        config=config(),
+    )
+    run(stage, tmp_path / "m", OPTIONS)
+    lines = [json.loads(line) for line in (tmp_path / "m" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert run(EmbedItems(tables / "items.parquet", model=str(tmp_path / "m")), tmp_path / "e", OPTIONS)
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_encoder(tables: Path, text_model: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "prerank_cli", "train", "encoder", "--threads", "1", "--engine", "torchrun"]
+    command += ["--pairs", str(tables / "pairs.parquet"), "--items", str(tables / "items.parquet")]
+    command += ["--model", str(text_model), "-o", str(tmp_path / "m")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert embeddings(tables, tmp_path / "m", tmp_path / "e").shape == (48, 128)
