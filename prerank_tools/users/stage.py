@@ -13,7 +13,7 @@ import torch
 
 from prerank_tools.errors import ContractError, UsageError
 from prerank_tools.stage import Context, Part, Shard, Stage
-from prerank_tools.tables.bucketing import bucketed
+from prerank_tools.tables.bucketing import Bucketed, bucketed
 from prerank_tools.tables.events import EventLog, bucket_requests, open_events
 from prerank_tools.tables.table import Table
 from prerank_tools.tables.vectors import numpy_to_vectors, vectors_to_numpy
@@ -177,9 +177,7 @@ class EmbedUsers(Stage):
         if self.previous is None:
             return np.full(len(rows), -1), x_SD
         columns = ["user_id", "history_hash", "embedding"]
-        before = bucketed(ctx.table("previous"), by="user_id", buckets=_log(ctx).buckets).read(
-            bucket, columns
-        )
+        before = _by_user(ctx.table("previous"), _log(ctx).buckets).read(bucket, columns)
         before = before.unique(["user_id", "history_hash"], maintain_order=True).with_row_index("row")
         keys = before.select("user_id", "history_hash", pl.col("row").cast(pl.Int64))
         joined = rows.join(keys, on=["user_id", "history_hash"], how="left", maintain_order="left")
@@ -212,6 +210,14 @@ def _model(folder: Path, ctx: Context) -> tuple[UserModelSpec, UserModel]:
         ctx.cache["model"] = artefact.load(folder, device=ctx.device)
         ctx.cache["model_version"] = artefact.fingerprint(folder)[:16]
     return ctx.cache["model"]
+
+
+def _by_user(previous: Table, buckets: int) -> Bucketed:
+    """An earlier output by buckets of users: each of its parts is one, where it was made in as many."""
+    made = previous.manifest or {}
+    if made.get("stage") == EmbedUsers.name and len(previous.parts) == buckets and previous.path.is_dir():
+        return Bucketed(previous, "user_id", buckets, True)
+    return bucketed(previous, by="user_id", buckets=buckets)
 
 
 def _newest_before(events: Table, time: int) -> int:

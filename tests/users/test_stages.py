@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ import pytest
 from prerank_tools.errors import ContractError, UsageError
 from prerank_tools.run.job import Result, RunOptions, run
 from prerank_tools.tables.vectors import numpy_to_vectors
+from prerank_tools.users import train_stage
 from prerank_tools.users.eval_stage import evaluate_users
 from prerank_tools.users.stage import EmbedUsers
-from prerank_tools.users.train_stage import TrainUser, TrainUserConfig
+from prerank_tools.users.train_stage import TrainUser, TrainUserConfig, UserTraining
 
 DAY = 86_400
 ONE = RunOptions(workers=1, threads=1)
@@ -89,6 +91,36 @@ def test_training_repeats_to_the_byte(world: dict[str, Path], tmp_path: Path) ->
     run(stage, tmp_path / "model", ONE)
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "model" / name).read_bytes() == (world["model"] / name).read_bytes()
+
+
+def test_killed_training_goes_on_and_ends_in_the_same_bytes(
+    world: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = train_stage.evaluate
+
+    def dies(*words: Any) -> dict[str, float]:
+        if (tmp_path / ".model.partial/_tmp/training/metrics.jsonl").stat().st_size:
+            raise KeyboardInterrupt
+        return measured(*words)
+
+    stage = TrainUser(world["events"], world["emb"], until=T, config=QUICK)
+    monkeypatch.setattr(train_stage, "evaluate", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run(stage, tmp_path / "model", ONE)
+    assert not (tmp_path / "model").exists()
+    monkeypatch.setattr(train_stage, "evaluate", measured)
+    events: list[str] = []
+    run(stage, tmp_path / "model", replace(ONE, log=lambda event, **_: events.append(event)))
+    assert "resumed" in events
+    weights = "model.safetensors"
+    assert (tmp_path / "model" / weights).read_bytes() == (world["model"] / weights).read_bytes()
+
+
+def test_preset_is_a_shape_that_other_keys_override() -> None:
+    config = TrainUserConfig.model_validate({"preset": "paper", "model": {"layers": 6}, "max_events": 460})
+    assert (config.model.layers, config.model.width, config.model.kv_rank) == (6, 256, 96)
+    assert config.max_events == 460
+    assert TrainUserConfig.model_validate({"training": {"lr": 0.1}}).training.epochs == UserTraining().epochs
 
 
 def test_training_ignores_what_comes_at_or_after_until(world: dict[str, Path], tmp_path: Path) -> None:
@@ -183,6 +215,15 @@ def test_incremental_run_equals_a_full_one(world: dict[str, Path], tmp_path: Pat
     changed = last_day | {"用户3", "新用户", "用户4"}
     assert counts_of(result)["computed"] == len(changed)
     assert counts_of(result)["reused"] == 13 - len(changed)
+
+
+def test_previous_made_in_other_buckets_serves_as_well(world: dict[str, Path], tmp_path: Path) -> None:
+    embed(world, tmp_path / "one.parquet", as_of=(T,))
+    result = embed(world, tmp_path / "two", as_of=(T,), previous=tmp_path / "one.parquet")
+    assert (counts_of(result)["computed"], counts_of(result)["reused"]) == (0, 12)
+    assert rows_of(tmp_path / "two").equals(
+        pl.read_parquet(tmp_path / "one.parquet").sort("user_id", "as_of")
+    )
 
 
 def test_edited_item_reopens_the_users_who_met_it(world: dict[str, Path], tmp_path: Path) -> None:
