@@ -68,6 +68,51 @@ def scores(
 
 @report_command(
     app,
+    "sid",
+    examples=(
+        "prerank eval sid sids/ --embeddings emb/",
+        "prerank eval sid sids/ --embeddings emb/ --events events.parquet --against sids_other/ --json",
+    ),
+)
+def sid(
+    sids: Annotated[Path, typer.Argument(help="Item SIDs, or an export of them in any format.")],
+    embeddings: Annotated[
+        Path | None, typer.Option(help="The vectors: adds reconstruction, neighbours, duplicates.")
+    ] = None,
+    codebook: Annotated[
+        Path | None, typer.Option(help="What decodes the SIDs; found beside them where they hold it.")
+    ] = None,
+    fitted_on: Annotated[
+        Path | None, typer.Option(help="Embeddings of the fit: the other items are measured apart.")
+    ] = None,
+    items: Annotated[Path | None, typer.Option(help="Item catalogue, for --category.")] = None,
+    category: Annotated[
+        list[str] | None,
+        typer.Option(help="Column of --items: purity and NMI of SID prefixes. May be repeated."),
+    ] = None,
+    events: Annotated[
+        Path | None, typer.Option(help="Behaviour log: do items of one basket share a prefix?")
+    ] = None,
+    against: Annotated[Path | None, typer.Option(help="Other SIDs of these items: an A/B.")] = None,
+    queries: Annotated[int, typer.Option(min=1, help="Items sampled for neighbour recall.")] = 10_000,
+) -> dict[str, Any]:
+    """Judge SIDs: collisions, use of codes, reconstruction, neighbours, meaning, a verdict in words."""
+    from prerank_tools.quantizers.eval_stage import EvalInputs, evaluate_sids
+
+    inputs = EvalInputs(
+        embeddings,
+        codebook=codebook,
+        fitted_on=fitted_on,
+        items=items,
+        categories=category or (),
+        events=events,
+        queries=queries,
+    )
+    return evaluate_sids(sids, inputs, against=against)
+
+
+@report_command(
+    app,
     "users",
     examples=(
         "prerank eval users uemb/ --events events.parquet --embeddings emb/",

@@ -45,6 +45,11 @@ def write_sids(format: SidFormat, parts: Parts, folder: Path, *, sizes: tuple[in
     return {"format": format, "items": counted.items, "levels": len(sizes), "sizes": list(sizes)}
 
 
+def is_export(path: Path) -> bool:
+    """Whether a path is a file of one of the formats, or a folder that holds one."""
+    return path.name in _READERS if path.is_file() else any((path / name).is_file() for name in _READERS)
+
+
 def read_sids(path: Path) -> tuple[pl.Series, np.ndarray]:
     """Item ids and codes (N, L) of a folder or file in any of the formats; ContractError where it is none."""
     for name, read in _READERS.items():

@@ -46,8 +46,13 @@ def last_distances(quantizer: Quantizer, x_RD: np.ndarray, codes_RL: np.ndarray)
 
 
 def prepared(quantizer: Quantizer, x_ND: np.ndarray) -> np.ndarray:
-    """The vectors as the quantizer sees them, which is what `decode` comes back to."""
+    """The vectors as the quantizer sees them."""
     return quantizer.prepared(x_ND) if isinstance(quantizer, RKMeans) else x_ND
+
+
+def comparable(quantizer: Quantizer, x_ND: np.ndarray) -> np.ndarray:
+    """The vectors (N, D) float32 that `decode` comes back to: normalised where the quantizer normalises."""
+    return prepared(quantizer, x_ND)[:, : quantizer.width].astype(np.float32, copy=False)
 
 
 def _additive(quantizer: Quantizer) -> tuple[np.ndarray, ...] | None:

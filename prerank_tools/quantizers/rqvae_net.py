@@ -74,6 +74,7 @@ class ResidualCodebooks(nn.Module):
 
     def forward(self, e_BE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Sum of the chosen codes (B, E), without a gradient estimator, and the quantisation loss."""
+        e_BE = e_BE.float()  # codes are chosen and averaged in float32, whatever the encoder runs in
         residual_BE, loss = e_BE, e_BE.new_zeros(())
         self.pending = []
         for codes_KE in self.codes:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -54,25 +54,36 @@ class SidConfig(BaseModel):
 
 
 def fit_codebook(
-    table: Table, config: SidConfig, ctx: Context, *, known: pl.Series | None = None
+    table: Table,
+    config: SidConfig,
+    ctx: Context,
+    *,
+    known: pl.Series | None = None,
+    unfitted: Callable[[tuple[int, ...], Any], Quantizer] | None = None,
 ) -> Codebook:
     """A codebook fitted on a sample of `table`, or of those of its items that are `known`.
 
-    Says aloud what it chose. Raises ContractError where there are fewer vectors than codes.
+    `unfitted(sizes, config)` makes the quantizer where it is not one of `SidConfig`'s kinds. Says aloud what
+    it chose. Raises ContractError where there are fewer vectors than codes.
     """
+    unfitted = unfitted or _unfitted
     sizes = _sizes(table.rows if known is None else len(known), config)
     limit = _sample_limit(table, max(sizes), config, ctx)
     x_ND = sample_vectors(table, limit, seed=config.seed, known=known)
     check_rows(len(x_ND), sizes)
     _say(len(x_ND), sizes, config, ctx)
-    quantizer = _unfitted(sizes, config)
+    quantizer = unfitted(sizes, config)
     quantizer.fit(x_ND, seed=config.seed, threads=ctx.threads, device=ctx.device)
-    stats = _reference(quantizer, x_ND, config, ctx)
+    stats = _reference(quantizer, x_ND, config, ctx, unfitted)
     return replace(quantizer.to_codebook(), stats=stats).with_lineage(table.lineage)
 
 
 def _reference(
-    quantizer: Quantizer, x_ND: np.ndarray, config: SidConfig, ctx: Context
+    quantizer: Quantizer,
+    x_ND: np.ndarray,
+    config: SidConfig,
+    ctx: Context,
+    unfitted: Callable[[tuple[int, ...], Any], Quantizer],
 ) -> dict[str, np.ndarray]:
     """What new items are held against; distances of a tenth left out where codes follow single items."""
     codes_NL = quantizer.encode(x_ND, threads=ctx.threads, device=ctx.device)
@@ -82,7 +93,7 @@ def _reference(
     if len(out_ND) < HELD_OUT or len(in_ND) < max(quantizer.sizes):
         ctx.log("fit", note=f"{len(x_ND)} items are too few to tell drift later: no drift guard")
         return {}
-    other = _unfitted(quantizer.sizes, config)
+    other = unfitted(quantizer.sizes, config)
     other.fit(in_ND, seed=config.seed, threads=ctx.threads, device=ctx.device)
     held_NL = other.encode(out_ND, threads=ctx.threads, device=ctx.device)
     return fit_stats(codes_NL, level_errors(other, out_ND, held_NL), quantizer.sizes)
