@@ -236,6 +236,8 @@ def time_span(table: Table) -> tuple[int, int]:
     """First and last `timestamp` of a table, epoch seconds."""
     time = pl.col("timestamp")
     first, last = table.scan(["timestamp"]).select(first=time.min(), last=time.max()).collect().row(0)
+    if first is None:
+        raise ContractError(f"{table.path}: no row has a timestamp", "write when each event happened")
     return int(first), int(last)
 
 

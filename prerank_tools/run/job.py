@@ -23,7 +23,7 @@ from prerank_tools.run.manifest import Manifest, describe_inputs, environment, f
 from prerank_tools.run.threads import fix_threads
 from prerank_tools.run.worker import Task, check_unchanged, summed, write_part
 from prerank_tools.stage import Context, Shard, Stage
-from prerank_tools.tables.parquet import concat_parquet
+from prerank_tools.tables.parquet import concat_parquet, read_faults
 from prerank_tools.tables.table import Folder, Table, open_folder, open_table
 
 # What belongs to the run and not to the result.
@@ -88,7 +88,11 @@ def run(stage: Stage, out: Path, options: RunOptions) -> Result:
     Raises ConflictError where `out` comes from other work, RetryError where it is being written or an input
     changed on the way, ContractError and GateError where an input or the result must not go further.
     """
-    out = out.absolute()
+    with read_faults(f"{stage.name}: {' or '.join(str(path) for path, _ in stage.inputs().values())}"):
+        return _run(stage, out.absolute(), options)
+
+
+def _run(stage: Stage, out: Path, options: RunOptions) -> Result:
     single = out.suffix == ".parquet" and stage.kind == "table"
     if single and (stage.folder_only or stage.tables):
         raise UsageError(f"{out}: {stage.name} stores more than one table", "name a folder with -o")
@@ -158,10 +162,11 @@ def _announce(indices: Sequence[int] | None) -> None:
 
 def open_inputs(stage: Stage) -> dict[str, Table | Folder]:
     """Open every input of a stage, in the order it names them."""
-    return {
-        role: open_table(path, contract, role=role) if contract else open_folder(path, role=role)
-        for role, (path, contract) in stage.inputs().items()
-    }
+    inputs: dict[str, Table | Folder] = {}
+    for role, (path, contract) in stage.inputs().items():
+        with read_faults(str(path)):
+            inputs[role] = open_table(path, contract, role=role) if contract else open_folder(path, role=role)
+    return inputs
 
 
 def resolve_device(device: str) -> str:

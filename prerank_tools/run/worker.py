@@ -10,11 +10,11 @@ from typing import Any
 
 import polars as pl
 
-from prerank_tools.errors import ContractError, PrerankError, RetryError
+from prerank_tools.errors import RetryError
 from prerank_tools.run.commit import commit_file, commit_json, link_file
 from prerank_tools.run.threads import fix_threads, take_gpu
 from prerank_tools.stage import Context, Part, Shard, Stage
-from prerank_tools.tables.parquet import write_parquet
+from prerank_tools.tables.parquet import read_faults, write_parquet
 from prerank_tools.tables.table import stamp
 
 # The contexts of this process, by run: a model loaded for one shard serves the next.
@@ -37,15 +37,8 @@ class Task:
         if ctx.device == "cuda":
             take_gpu()
         started = time.perf_counter()
-        try:
+        with read_faults(shard.path or self.stage.name):
             part = self.stage.process(shard, ctx)
-        except (PrerankError, OSError, MemoryError):
-            raise
-        except pl.exceptions.PolarsError as fault:
-            raise ContractError(
-                f"{shard.path or self.stage.name}: cannot be read ({str(fault).splitlines()[0]})",
-                "is the file damaged? write it again",
-            ) from fault
         check_unchanged(ctx)
         files = write_part(part, self.stage, ctx.work, self.mapped, shard.index)
         record = {

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import polars as pl
 
 from prerank_schemas import CONTRACTS
+from prerank_tools.errors import ContractError
 
 ROW_GROUP = 16_384
 KEY = "prerank"
@@ -71,6 +72,18 @@ def disk_faults(path: Path) -> Iterator[None]:
             raise
         code = int(told.group(1))
         raise OSError(code, os.strerror(code), str(path)) from fault
+
+
+@contextmanager
+def read_faults(what: str) -> Iterator[None]:
+    """Turn what polars says of a damaged file, a panic of its included, into a ContractError on `what`."""
+    try:
+        yield
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as fault:
+        told = str(fault).splitlines()[0] if str(fault) else type(fault).__name__
+        raise ContractError(
+            f"{what}: cannot be read ({told[:200]})", "is a file damaged? write it again"
+        ) from fault
 
 
 def footer(contract: str, metadata: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import polars as pl
 from prerank_schemas import CONTRACTS
 from prerank_tools.errors import ContractError, UsageError
 from prerank_tools.tables.contracts import split_rows
-from prerank_tools.tables.parquet import read_footer
+from prerank_tools.tables.parquet import read_faults, read_footer
 from prerank_tools.tables.table import Table, open_table, read_shard, shards_of
 
 # Told apart by the columns that only one contract has, most telling first.
@@ -33,7 +33,24 @@ def validate(path: Path, contract: str = "", *, max_bad: float = 0.001) -> dict[
 
     Raises ContractError at a fault of the table, or where more than `max_bad` of the rows are at fault.
     """
-    table = open_as(path, contract)
+    with read_faults(str(path)):
+        return _validate(open_as(path, contract), max_bad)
+
+
+def describe(path: Path, contract: str = "") -> dict[str, Any]:
+    """Rows, bytes, columns with their types and nulls, the time span, and how rows spread over ids."""
+    with read_faults(str(path)):
+        return _describe(open_as(path, contract))
+
+
+def open_as(path: Path, contract: str = "") -> Table:
+    """Open a table by the contract named, by the one its writer noted, or by the one its columns tell."""
+    if contract and contract not in CONTRACTS:
+        raise UsageError(f"no contract `{contract}`", f"one of {', '.join(CONTRACTS)}")
+    return open_table(path, contract or _noted(path) or _told(path))
+
+
+def _validate(table: Table, max_bad: float) -> dict[str, Any]:
     reasons: Counter[str] = Counter()
     for shard in shards_of(table):
         rows = read_shard(shard)
@@ -44,15 +61,13 @@ def validate(path: Path, contract: str = "", *, max_bad: float = 0.001) -> dict[
     if faulty > max_bad * table.rows:
         reason, rows_at_fault = reasons.most_common(1)[0]
         raise ContractError(
-            f"{path}: {faulty} of {table.rows} rows are unusable, most often: {reason} ({rows_at_fault})",
+            f"{table.path}: {faulty} of {table.rows} rows are unusable, mostly: {reason} ({rows_at_fault})",
             f"mend them, or allow them: --max-bad {faulty / table.rows:.3g}",
         )
     return {"contract": table.contract, "rows": table.rows, "rows_bad": faulty, "reasons": dict(reasons)}
 
 
-def describe(path: Path, contract: str = "") -> dict[str, Any]:
-    """Rows, bytes, columns with their types and nulls, the time span, and how rows spread over ids."""
-    table = open_as(path, contract)
+def _describe(table: Table) -> dict[str, Any]:
     nulls = table.scan().select(pl.all().null_count()).collect().row(0, named=True)
     found: dict[str, Any] = {
         "contract": table.contract,
@@ -71,13 +86,6 @@ def describe(path: Path, contract: str = "") -> dict[str, Any]:
     if "candidates" in table.schema:
         found["candidates"] = _lengths(table)
     return found
-
-
-def open_as(path: Path, contract: str = "") -> Table:
-    """Open a table by the contract named, by the one its writer noted, or by the one its columns tell."""
-    if contract and contract not in CONTRACTS:
-        raise UsageError(f"no contract `{contract}`", f"one of {', '.join(CONTRACTS)}")
-    return open_table(path, contract or _noted(path) or _told(path))
 
 
 def _noted(path: Path) -> str:

@@ -72,3 +72,11 @@ def test_an_unknown_contract_and_a_file_that_is_no_table(tmp_path: Path) -> None
         validate(tmp_path / "log.parquet")
     with pytest.raises(UsageError, match="no such file"):
         validate(tmp_path / "nothing.parquet")
+
+
+def test_a_flipped_byte_is_an_error_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "log.parquet"
+    whole = sample("retail_events").read_bytes()
+    path.write_bytes(whole[:5000] + bytes([whole[5000] ^ 0x55]) + whole[5001:])
+    with pytest.raises(ContractError, match=r"log\.parquet: cannot be read"):
+        validate(path)
