@@ -12,29 +12,17 @@ from typing import Literal
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from prerank_tools.encoders.batches import ahead
-from prerank_tools.encoders.tower import Tower, resolve_precision
+from prerank_tools.encoders.tower import GPU_FACTOR, Tower, resolve_precision
 
 # Raster formats with a decoder inside Pillow itself: EPS and the like would start other programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 LONGEST_RATIO = 100  # a 1 x 100,000 strip would be scaled up to a picture of gigabytes
 
 Source = bytes | Callable[[], bytes]
-
-
-class ImageConfig(BaseModel):
-    """How images become vectors; `batch` is about speed alone, the limits about faults."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    pooling: Literal["auto", "pooler", "cls", "mean"] = "auto"  # auto: pooler where trained, cls, or mean
-    batch: int = Field(default=32, ge=1)  # images in one forward pass
-    max_pixels: int = Field(default=64_000_000, ge=1)  # larger ones are refused before they are decoded
-    max_bytes: int = Field(default=64 << 20, ge=1)
 
 
 class ImageError(ValueError):
@@ -72,27 +60,31 @@ class ImageEncoder:
         tower: Tower,
         pixels_of: Callable[[list[Image.Image]], np.ndarray],
         *,
-        config: ImageConfig,
+        batch: int = 32,
+        max_pixels: int = 64_000_000,
+        max_bytes: int = 64 << 20,
         precision: str = "auto",
         exact: bool = False,
         device: str = "cpu",
         threads: int = 2,
     ) -> None:
-        self.config = config
         self.exact = exact
         self.device = torch.device(device)
+        self.batch = batch * GPU_FACTOR if self.device.type == "cuda" else batch
         self.dtype = resolve_precision(precision, self.device)
         self.tower = tower.eval().to(self.device, self.dtype)
         self.tower.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.dim = tower.dim
         self._pixels_of = pixels_of
         self._threads = threads
+        self._max_pixels = max_pixels
+        self._max_bytes = max_bytes
 
     def encode(self, sources: Sequence[Source]) -> tuple[np.ndarray, list[str | None]]:
         """Unit vectors x_NI in float32 and, per image, the reason why it has none (its row is zero then)."""
         x_NI = np.zeros((len(sources), self.dim), np.float32)
         faults: list[str | None] = [None] * len(sources)
-        starts = range(0, len(sources), self.config.batch)
+        starts = range(0, len(sources), self.batch)
         with ThreadPoolExecutor(self._threads, thread_name_prefix="decode") as pool:
 
             def prepare(start: int) -> tuple[list[int], np.ndarray | None]:
@@ -107,7 +99,7 @@ class ImageEncoder:
         self, sources: Sequence[Source], start: int, pool: ThreadPoolExecutor, faults: list[str | None]
     ) -> tuple[list[int], np.ndarray | None]:
         """Rows and pixels of one batch; faults are noted, and their images left out."""
-        chunk = sources[start : start + self.config.batch]
+        chunk = sources[start : start + self.batch]
         decoded = list(pool.map(lambda source: self._one(source), chunk))
         rows, pixels = [], []
         for row, found in enumerate(decoded, start):
@@ -119,13 +111,13 @@ class ImageEncoder:
         if not pixels:
             return rows, None
         if self.exact:
-            pixels += [np.zeros_like(pixels[0])] * (self.config.batch - len(pixels))
+            pixels += [np.zeros_like(pixels[0])] * (self.batch - len(pixels))
         return rows, np.stack(pixels)
 
     def _one(self, source: Source) -> np.ndarray | str:
         try:
             data = source if isinstance(source, bytes) else source()
-            picture = decode(data, max_pixels=self.config.max_pixels, max_bytes=self.config.max_bytes)
+            picture = decode(data, max_pixels=self._max_pixels, max_bytes=self._max_bytes)
             return self._pixels_of([picture])[0]
         except ImageError as fault:
             return str(fault)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from prerank_tools.encoders.encode import Encoder, EncodesText
-from prerank_tools.encoders.image import ImageConfig, ImageEncoder
+from prerank_tools.encoders.image import ImageEncoder
 from prerank_tools.encoders.model_folder import Kind, kind_of, model_digest, read_config
 from prerank_tools.encoders.saved_models import (
     ItemEncoderConfig,
@@ -20,7 +20,8 @@ from prerank_tools.encoders.saved_models import (
     load_item_encoder,
     load_tfidf,
 )
-from prerank_tools.encoders.text import TextConfig, TextEncoder
+from prerank_tools.encoders.settings import ImageConfig, TextConfig
+from prerank_tools.encoders.text import TextEncoder
 from prerank_tools.encoders.tfidf import TfidfConfig
 from prerank_tools.encoders.transformers_models import (
     image_tower,
@@ -98,7 +99,8 @@ def load_text(folder: Path, config: EmbedConfig, *, device: str) -> EncodesText:
     return TextEncoder(
         tower,
         tokenizer,
-        config=config.text,
+        max_tokens=config.text.max_tokens,
+        token_budget=config.text.token_budget,
         precision=config.precision,
         exact=config.exact_batches,
         device=device,
@@ -114,7 +116,9 @@ def load_image(folder: Path, config: EmbedConfig, *, device: str, threads: int) 
     return ImageEncoder(
         tower,
         pixels_of,
-        config=config.image,
+        batch=config.image.batch,
+        max_pixels=config.image.max_pixels,
+        max_bytes=config.image.max_bytes,
         precision=config.precision,
         exact=config.exact_batches,
         device=device,

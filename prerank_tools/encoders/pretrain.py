@@ -14,10 +14,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from prerank_tools.encoders.image import ImageConfig
 from prerank_tools.encoders.moco import Scl, SclConfig, bank_size
 from prerank_tools.encoders.pair_batches import Contents, PairBatches, PairRows, retrieval
-from prerank_tools.encoders.text import TextConfig
+from prerank_tools.encoders.settings import ImageConfig, TextConfig
 from prerank_tools.encoders.tuning import Tune
 from prerank_tools.training.loop import TrainConfig, TrainResult, train
 

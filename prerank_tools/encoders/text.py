@@ -10,24 +10,13 @@ from typing import Literal, Protocol
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from prerank_tools.encoders.batches import Batch, ahead, cut_batches, pad_batch
-from prerank_tools.encoders.tower import Tower, resolve_precision
+from prerank_tools.encoders.tower import GPU_FACTOR, Tower, resolve_precision
 
 Pooling = Literal["mean", "cls", "last"]
-
-
-class TextConfig(BaseModel):
-    """How texts become vectors; `token_budget` is about speed alone, the others about the space."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    pooling: Literal["auto", "mean", "cls", "last"] = "auto"  # auto: what the model folder says, else mean
-    max_tokens: int = Field(default=256, ge=4)  # longer texts are cut; the model's own limit may be lower
-    token_budget: int = Field(default=4096, ge=64)  # tokens in one forward pass
 
 
 class TextTower(Tower):
@@ -86,19 +75,21 @@ class TextEncoder:
         tower: Tower,
         tokenizer: Tokenizer,
         *,
-        config: TextConfig,
+        max_tokens: int = 256,
+        token_budget: int = 4096,
         precision: str = "auto",
         exact: bool = False,
         device: str = "cpu",
     ) -> None:
-        self.config = config
         self.exact = exact
         self.device = torch.device(device)
+        # A GPU is busy only with more at once; the number is fixed, so that bytes repeat on one device type.
+        self.budget = token_budget * GPU_FACTOR if self.device.type == "cuda" else token_budget
         self.dtype = resolve_precision(precision, self.device)
         self.tower = tower.eval().to(self.device, self.dtype)
         self.dim = tower.dim
         self.tokenizer = tokenizer
-        self.max_tokens = min(tokenizer.max_tokens, config.max_tokens)
+        self.max_tokens = min(tokenizer.max_tokens, max_tokens)
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         """Unit vectors x_NT in float32, in the order of the texts; equal texts are encoded once."""
@@ -117,7 +108,7 @@ class TextEncoder:
     def _encode_window(self, ids: list[list[int]]) -> np.ndarray:
         batches = cut_batches(
             np.array([len(tokens) for tokens in ids]),
-            budget=self.config.token_budget,
+            budget=self.budget,
             exact=self.exact,
             length=self.tokenizer.fixed_length,
         )

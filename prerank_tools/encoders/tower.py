@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+GPU_FACTOR = 8  # a GPU takes batches this many times as large as a CPU's
+
 
 class Tower(nn.Module):
     """A model that turns a batch of inputs into fp32 vectors (B, dim), not normalised."""

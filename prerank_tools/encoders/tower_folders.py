@@ -12,7 +12,6 @@ from PIL import Image
 
 from prerank_tools.encoders.dual import DualImageTower, DualTextTower, fixed_length
 from prerank_tools.encoders.efficientnet import EfficientNetLite
-from prerank_tools.encoders.image import ImageConfig
 from prerank_tools.encoders.model_choice import choose_models
 from prerank_tools.encoders.model_folder import kind_of, read_config
 from prerank_tools.encoders.saved_models import (
@@ -21,7 +20,8 @@ from prerank_tools.encoders.saved_models import (
     load_efficientnet,
     save_efficientnet,
 )
-from prerank_tools.encoders.text import TextConfig, Tokenizer
+from prerank_tools.encoders.settings import ImageConfig, TextConfig
+from prerank_tools.encoders.text import Tokenizer
 from prerank_tools.encoders.tower import Tower
 from prerank_tools.encoders.transformers_models import (
     image_tower,

@@ -14,8 +14,9 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenize
 from transformers.utils import logging
 
 from prerank_tools.encoders.dual import DualImageTower, DualTextTower, fixed_length, is_dual
-from prerank_tools.encoders.image import ImageConfig, ImageTower
-from prerank_tools.encoders.text import Pooling, TextConfig, TextTower, Tokenizer
+from prerank_tools.encoders.image import ImageTower
+from prerank_tools.encoders.settings import ImageConfig, TextConfig
+from prerank_tools.encoders.text import Pooling, TextTower, Tokenizer
 from prerank_tools.encoders.tower import Tower
 from prerank_tools.errors import ContractError
 

@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
-from prerank_tools.encoders.loading import EmbedConfig, ImageConfig, TextConfig, load_image, load_text
+from prerank_tools.encoders.loading import EmbedConfig, load_image, load_text
 from prerank_tools.encoders.model_folder import kind_of
+from prerank_tools.encoders.settings import ImageConfig, TextConfig
 from tests.encoders import tiny_models
 
 FAMILIES = [tiny_models.clip, tiny_models.siglip]

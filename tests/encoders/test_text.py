@@ -13,7 +13,8 @@ from transformers import AutoModel, AutoTokenizer
 
 from prerank_tools.encoders.loading import EmbedConfig, load_text
 from prerank_tools.encoders.model_folder import find_model
-from prerank_tools.encoders.text import TextConfig, TextEncoder
+from prerank_tools.encoders.settings import TextConfig
+from prerank_tools.encoders.text import TextEncoder
 from tests.encoders import tiny_models
 
 TITLES = [
