@@ -184,7 +184,15 @@ class _Loop:
         stream = self.batches.epoch(at.epoch, rank=rank, world=world)
         self.model.train()
         for batch in islice(stream, at.step_in_epoch, steps):
-            self._train_step(batch)
+            try:
+                self._train_step(batch)
+            except torch.OutOfMemoryError as error:
+                # A smaller batch would be another training (other negatives, other steps): that is not ours
+                # to choose in the middle of the night.
+                raise PrerankError(
+                    f"out of GPU memory at step {at.step} with batches of {self.config.batch_size}",
+                    f"set training.batch_size = {max(1, self.config.batch_size // 2)} in --config",
+                ) from error
             at.step += 1
             at.step_in_epoch += 1
             every = self.config.checkpoint_every

@@ -159,6 +159,16 @@ def test_nan_loss_is_an_error(tmp_path: Path) -> None:
         train(toy.toy(), rows, config=TrainConfig(), folder=tmp_path)
 
 
+def test_out_of_gpu_memory_names_the_knob(tmp_path: Path) -> None:
+    class Large(toy.Toy):  # type: ignore[misc,name-defined]
+        def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(PrerankError, match="at step 0 with batches of 8") as caught:
+        train(Large(), toy.Rows(), config=TrainConfig(batch_size=8), folder=tmp_path)
+    assert caught.value.hint == "set training.batch_size = 4 in --config"
+
+
 def test_too_few_batches_is_an_error(tmp_path: Path) -> None:
     class Short(toy.Rows):  # type: ignore[misc,name-defined]
         def __len__(self) -> int:
