@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
-from prerank_tools.users import histories
+from prerank_tools.users import histories, stage
 from prerank_tools.users.batches import NextBaskets, Sampling, fixed_shapes
 from prerank_tools.users.histories import Catalogue, Log
 from prerank_tools.users.llatte import LlatteConfig, UserModel
@@ -43,7 +44,10 @@ def test_shapes_depend_on_a_samples_own_length_alone() -> None:
     assert alone == [shape[4]]
 
 
-def test_vectors_are_equal_to_the_bit_whatever_is_computed_beside_them() -> None:
+def test_vectors_are_equal_to_the_bit_whatever_is_computed_beside_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(stage, "BATCH_TOKENS", 2048)
     torch.set_num_threads(2)
     torch.manual_seed(0)
     log, catalogue = random_log(80, 30)
