@@ -264,9 +264,9 @@ def _find_parts(path: Path, role: str) -> tuple[dict[str, Any] | None, tuple[Pat
     folder = path / "data" if (path / "data").is_dir() else path
     parts = tuple(sorted(folder.glob("*.parquet")))
     if not parts:
-        raise ContractError(
-            f"{path}: no *.parquet files for {role}", "name a Parquet file or a folder of them"
-        )
+        inside = sorted(str(path / found.parent.name) for found in path.glob("*/manifest.json"))
+        hint = f"one of {', '.join(inside)}?" if inside else "name a Parquet file or a folder of them"
+        raise ContractError(f"{path}: no *.parquet files for {role}", hint)
     for part in parts:
         _check_parquet(part)
     return None, parts

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prerank_tools.data.stage import Partition, Split, basket_codes
-from prerank_tools.errors import UsageError
+from prerank_tools.errors import ContractError, UsageError
 from prerank_tools.run.job import RunOptions, run
 from prerank_tools.tables.events import open_events
 from prerank_tools.tables.table import open_table
@@ -63,6 +63,13 @@ def test_a_cut_outside_the_log_names_its_span(tmp_path: Path) -> None:
     with pytest.raises(UsageError) as caught:
         split(tmp_path, log, 10**9)
     assert caught.value.hint == "its events lie from 0 (1970-01-01T00:00:00) to 86400 (1970-01-02T00:00:00)"
+
+
+def test_the_folder_of_both_halves_names_them(tmp_path: Path) -> None:
+    split(tmp_path, pl.DataFrame({"user_id": [1, 1], "item_id": [1, 2], "timestamp": [5, 15]}), 10)
+    with pytest.raises(ContractError) as caught:
+        open_table(tmp_path / "split", "events")
+    assert caught.value.hint == f"one of {tmp_path}/split/test, {tmp_path}/split/train?"
 
 
 def test_the_halves_of_a_partitioned_log_are_partitioned(tmp_path: Path) -> None:
