@@ -259,3 +259,49 @@ def test_validation_requests_are_the_latest_and_share_no_time() -> None:
 
 def test_vocabularies_grow_at_the_end() -> None:
     assert grown_words({"c": ("x", "y")}, {"c": ("y", "a")}) == {"c": ("x", "y", "a")}
+
+
+def test_a_partitioned_log_and_datetimes_change_no_score(
+    world: tuple[Path, Any, Path], tmp_path: Path
+) -> None:
+    from prerank_tools.data.stage import Partition
+
+    _, _, model = world
+    paths = shop.write_shop(tmp_path)
+    plain = shop.scored(tmp_path, paths, model)
+    shop.edit(paths.requests, lambda r: r.with_columns(pl.from_epoch("timestamp", "s")))
+    run(Partition(paths.events, buckets=3), tmp_path / "log", shop.ONE)
+    late = pl.read_parquet(paths.requests).filter(pl.col("timestamp").dt.epoch("s") >= shop.CUT)
+    late.write_parquet(tmp_path / "dated.parquet")
+    stage = Score(replace(paths, events=tmp_path / "log", requests=tmp_path / "dated.parquet"), model=model)
+    run(stage, tmp_path / "d.parquet", shop.ONE)
+    keys = ["request_id", "rank"]
+    dated = pl.read_parquet(tmp_path / "d.parquet").sort(keys)
+    assert dated.select(*keys, "item_id").equals(plain.sort(keys).select(*keys, "item_id"))
+    np.testing.assert_allclose(dated["score"].to_numpy(), plain.sort(keys)["score"].to_numpy(), rtol=1e-5)
+
+
+def test_two_tasks_one_of_them_known_only_after_a_click(tmp_path: Path) -> None:
+    paths = shop.write_shop(tmp_path)
+    liked = pl.col("label_click").list.eval(pl.when(pl.element() == 1).then(pl.element().cum_count() % 2))
+    shop.edit(paths.requests, lambda r: r.with_columns(liked.alias("label_like")))
+    scores = shop.scored(tmp_path, paths, shop.trained(tmp_path, paths))
+    assert scores.columns[-2:] == ["p_click", "p_like"]
+    product = (scores["p_click"] * scores["p_like"]).to_numpy()
+    np.testing.assert_allclose(scores["score"].to_numpy(), product, rtol=1e-5)
+
+
+def test_int8_vectors_with_a_scale_read_as_the_floats_they_stand_for(
+    world: tuple[Path, Any, Path], tmp_path: Path
+) -> None:
+    _, _, model = world
+    paths = shop.write_shop(tmp_path)
+    floats = np.stack(pl.read_parquet(paths.embeddings)["embedding"].to_numpy())
+    scale = np.abs(floats).max(axis=1, keepdims=True) / 127
+    codes = np.rint(floats / scale).astype(np.int8)
+    shop.edit(paths.embeddings, lambda v: v.with_columns(pl.Series("embedding", codes * scale)))
+    exact = shop.scored(tmp_path, paths, model)
+    shop.edit(paths.embeddings, lambda v: v.with_columns(
+        pl.Series("embedding", codes), pl.Series("scale", scale[:, 0].astype(np.float32))))  # fmt: skip
+    packed = shop.scored(tmp_path, paths, model, name="packed.parquet")
+    np.testing.assert_allclose(packed["score"].to_numpy(), exact["score"].to_numpy(), rtol=2e-3)
