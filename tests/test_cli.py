@@ -190,6 +190,6 @@ def test_outputs_open_in_other_tools_as_they_stand(tmp_path: Path) -> None:
     assert embed(write_items(tmp_path / "items.parquet"), tmp_path / "emb") == 0
     pattern = str(tmp_path / "emb/data/part-*.parquet")
     assert len(pl.read_parquet(pattern)) == 10
-    assert duckdb.sql(f"select count(*) from '{pattern}'").fetchone() == (10,)
+    assert duckdb.connect().execute(f"select count(*) from '{pattern}'").fetchone() == (10,)
     assert len(pandas.read_parquet(tmp_path / "emb/data")) == 10
     assert parquet.read_table(tmp_path / "emb/data").num_rows == 10
