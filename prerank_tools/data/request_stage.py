@@ -12,21 +12,14 @@ import polars as pl
 from pydantic import BaseModel, ConfigDict, Field
 
 from prerank_tools.data.baskets import earliest, latest
-from prerank_tools.data.negatives import (
-    Pool,
-    Popularity,
-    catalogue_pool,
-    draw_negatives,
-    popularity_pool,
-    shuffled,
-    uniform_pool,
-)
+from prerank_tools.data.known_frames import Known, encode, read_known, write_known
+from prerank_tools.data.negatives import draw_negatives, shuffled
 from prerank_tools.data.stage import basket_codes, events_and_faults, show, time_span
 from prerank_tools.errors import ContractError, UsageError
 from prerank_tools.metrics.ranking import auc_per_group
 from prerank_tools.stage import Context, Part, Shard, Stage
 from prerank_tools.tables.bucketing import hash_ids
-from prerank_tools.tables.events import known_at, open_events
+from prerank_tools.tables.events import open_events
 
 Negatives = Literal["popularity", "uniform"]
 KINDS: tuple[str, ...] = get_args(Negatives)
@@ -108,20 +101,11 @@ class Requests(Stage):
         events = log.scan(["item_id", "timestamp", *late]).drop_nulls(["item_id", "timestamp"])
         if "action" in log.schema:
             events = events.filter(pl.col("action") == self.action)
-        bought = events.collect()
-        ids = bought["item_id"].unique()
+        bought, catalogue = events.collect(), None
         if self.items:
-            ids = ctx.table("items").read(["item_id"])["item_id"].drop_nulls().unique()
-            _same_ids(ids, bought["item_id"], self.items, self.events)
-        ids = ids.sort()
-        code_n = encode(bought["item_id"], ids)
-        known_n = known_at(bought, lag=self.knobs.lag).to_numpy()
-        pool = popularity_pool(code_n[code_n >= 0], known_n[code_n >= 0])
-        folder = ctx.scratch / "pools"
-        folder.mkdir(exist_ok=True)
-        ids.to_frame("item_id").write_ipc(folder / "items.arrow")
-        _save_pool(pool, folder, "popularity")
-        _save_pool(catalogue_pool(len(ids)) if self.items else uniform_pool(pool), folder, "uniform")
+            catalogue = ctx.table("items").read(["item_id"])["item_id"]
+            _same_ids(catalogue, bought["item_id"], self.items, self.events)
+        write_known(ctx.scratch / "known", bought, catalogue=catalogue, lag=self.knobs.lag)
 
     def plan(self, ctx: Context) -> Sequence[Shard]:
         """One shard a bucket of users."""
@@ -131,7 +115,7 @@ class Requests(Stage):
         """The requests of one bucket, with both kinds of negatives."""
         events, bad = events_and_faults(open_events(ctx.table("events")), shard.extra["bucket"])
         if "known" not in ctx.cache:
-            ctx.cache["known"] = _load(ctx)
+            ctx.cache["known"] = read_known(ctx.scratch / "known")
         known: Known = ctx.cache["known"]
         requests, counts = self._baskets(_of_action(events, self.action), known)
         counts["rows_in"] = len(events) + len(bad)
@@ -142,6 +126,16 @@ class Requests(Stage):
         frames = {kind: _frame(made[kind], known, self.action) for kind in KINDS}
         main = frames.pop(self.negatives)
         return Part(main, quarantine=bad, counts=counts, tables=frames)
+
+    def estimate(self, ctx: Context, shards: Sequence[Shard]) -> Mapping[str, Any]:
+        """Baskets of the period: a request each, unless all its items are unknown."""
+        log, rows = open_events(ctx.table("events")), 0
+        for shard in shards:
+            events, _ = events_and_faults(log, shard.extra["bucket"])
+            bought = _of_action(events, self.action)
+            inside_B, _ = self._inside(basket_codes(bought), bought["timestamp"].to_numpy())
+            rows += int(inside_B.sum())
+        return {"rows_out": rows}
 
     def quality(self, counts: Mapping[str, float], ctx: Context) -> Mapping[str, Any]:
         """Popularity's own AUC inside a request, for each kind: what any model must be seen beside."""
@@ -164,12 +158,7 @@ class Requests(Stage):
     def _baskets(self, events: pl.DataFrame, known: Known) -> tuple[pl.DataFrame, dict[str, int | float]]:
         """One row a basket that lies whole in the period: user, time, codes of its known items."""
         basket_n, time_n = basket_codes(events), events["timestamp"].to_numpy()
-        first_B, last_B = earliest(basket_n, time_n), latest(basket_n, time_n)
-        inside_B = np.ones(len(first_B), dtype=bool)
-        if self.start is not None:
-            inside_B &= first_B >= self.start
-        if self.until is not None:
-            inside_B &= last_B < self.until
+        inside_B, first_B = self._inside(basket_n, time_n)
         lines = events.select(
             "user_id",
             time=pl.Series(first_B[basket_n]),
@@ -177,7 +166,7 @@ class Requests(Stage):
             code=pl.Series(encode(events["item_id"], known.ids)),
         ).filter(pl.Series(inside_B[basket_n]))
         code_n, time_n = lines["code"].to_numpy(), lines["time"].to_numpy()
-        was_known = (code_n >= 0) & (known.uniform_from[code_n] < time_n)
+        was_known = (code_n >= 0) & (known.candidate_from[code_n] < time_n)
         requests = (
             lines.filter(pl.Series(was_known))
             .group_by("user_id", "time", "basket")
@@ -190,6 +179,16 @@ class Requests(Stage):
             "bought_unknown": int((~was_known).sum()),
         }
         return requests.with_columns(request_id=_request_ids(requests)), counts
+
+    def _inside(self, basket_n: np.ndarray, time_n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Which baskets lie whole in the period, and when each began."""
+        first_B, last_B = earliest(basket_n, time_n), latest(basket_n, time_n)
+        inside_B = np.ones(len(first_B), dtype=bool)
+        if self.start is not None:
+            inside_B &= first_B >= self.start
+        if self.until is not None:
+            inside_B &= last_B < self.until
+        return inside_B, first_B
 
     def _with_candidates(self, requests: pl.DataFrame, known: Known, kind: str) -> Candidates:
         time_R, positives = requests["time"].to_numpy(), [codes.to_numpy() for codes in requests["code"]]
@@ -212,29 +211,12 @@ class Requests(Stage):
 
 
 @dataclass(frozen=True)
-class Known:
-    """What `prepare` laid down: item ids in order, the pools, and from when each item is a candidate."""
-
-    ids: pl.Series
-    pools: Mapping[str, Pool]
-    popularity: Popularity
-    uniform_from: np.ndarray  # int64 (I,)
-
-
-@dataclass(frozen=True)
 class Candidates:
     """Requests with their candidates, as codes, and the labels."""
 
     requests: pl.DataFrame
     codes: list[np.ndarray]
     labels: list[np.ndarray]
-
-
-def encode(ids: pl.Series, known: pl.Series) -> np.ndarray:
-    """Place of every id in the sorted, distinct ids `known`, -1 where it is not there; `int64 (n,)`."""
-    table = pl.DataFrame({"id": known}).with_row_index("code")
-    joined = ids.to_frame("id").join(table, on="id", how="left", maintain_order="left")
-    return joined["code"].cast(pl.Int64).fill_null(-1).to_numpy()
 
 
 def _of_action(events: pl.DataFrame, action: str) -> pl.DataFrame:
@@ -249,10 +231,10 @@ def _same_ids(one: pl.Series, other: pl.Series, items: Path, events: Path) -> No
 
 
 def _request_ids(requests: pl.DataFrame) -> pl.Series:
-    """`user-time`, and `user-time-2` for a second basket of that user at that time."""
+    """`user-time`, and `user-time.2` for a second basket of that user at that time."""
     place = pl.int_range(pl.len()).over("user_id", "time") + 1
     name = pl.format("{}-{}", "user_id", "time")
-    more = pl.format("{}-{}", name, place)
+    more = pl.format("{}.{}", name, place)
     return requests.select(request_id=pl.when(place == 1).then(name).otherwise(more))["request_id"]
 
 
@@ -288,20 +270,3 @@ def _popularity_auc(made: Candidates, known: Known, kind: str) -> dict[str, int 
         f"auc_sum_{kind}": float(auc_R[usable] @ rows_R[usable]),
         f"auc_rows_{kind}": int(rows_R[usable].sum()),
     }
-
-
-def _save_pool(pool: Pool, folder: Path, kind: str) -> None:
-    np.save(folder / f"{kind}-items.npy", pool.item_n)
-    np.save(folder / f"{kind}-known.npy", pool.known_n)
-
-
-def _load(ctx: Context) -> Known:
-    folder = ctx.scratch / "pools"
-    ids = pl.read_ipc(folder / "items.arrow")["item_id"]
-    pools = {
-        kind: Pool(*(np.load(folder / f"{kind}-{name}.npy", mmap_mode="r") for name in ("items", "known")))
-        for kind in KINDS
-    }
-    uniform_from = np.full(len(ids) + 1, np.iinfo(np.int64).max)  # the last place stands for an unknown item
-    uniform_from[pools["uniform"].item_n] = pools["uniform"].known_n
-    return Known(ids, pools, Popularity.of(pools["popularity"]), uniform_from)

@@ -177,6 +177,10 @@ class Split(Stage):
         """One shard a bucket."""
         return open_events(ctx.table("events")).shards()
 
+    def estimate(self, ctx: Context, shards: Sequence[Shard]) -> Mapping[str, Any]:
+        """Every row goes to one half."""
+        return {"rows_out": ctx.table("events").rows}
+
     def process(self, shard: Shard, ctx: Context) -> Part:
         """Cut one bucket of users."""
         log = open_events(ctx.table("events"))

@@ -125,7 +125,7 @@ def test_two_baskets_at_one_time_get_two_ids(tmp_path: Path) -> None:
     items = tmp_path / "items.parquet"
     pl.DataFrame({"item_id": [7, 8]}).write_parquet(items)
     make(Requests(path, items=items, start=5, knobs=FEW), tmp_path / "out")
-    assert read(tmp_path / "out")["request_id"].to_list() == ["1-5", "1-5-2"]
+    assert read(tmp_path / "out")["request_id"].to_list() == ["1-5", "1-5.2"]
 
 
 def test_an_empty_period_is_refused(tmp_path: Path, log: Path) -> None:
@@ -158,6 +158,11 @@ def test_requests_do_not_depend_on_buckets_workers_or_later_events(tmp_path: Pat
     run(other, tmp_path / "long", RunOptions(workers=2, threads=1))
     for kind in ("", "uniform"):
         assert read(tmp_path / "short", kind).equals(read(tmp_path / "long", kind))
+
+
+def test_a_dry_run_counts_the_requests(tmp_path: Path, log: Path) -> None:
+    plan = run(Requests(log, start=40, knobs=FEW), tmp_path / "out", replace(ONE, dry_run=True)).plan
+    assert plan["rows_out"] == 2
 
 
 def test_uniform_can_be_the_main_table(tmp_path: Path, log: Path) -> None:
