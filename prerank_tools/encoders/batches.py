@@ -7,12 +7,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
+from itertools import chain
+from typing import Literal, TypeVar
 
 import numpy as np
 
 T = TypeVar("T")
 U = TypeVar("U")
+Shape = Literal["sorted", "uniform", "exact"]
 
 EXACT_MULTIPLE = 8
 # Products of fewer rows take other kernels, whose sums run in another order (seen below 300 tokens in bf16).
@@ -28,49 +30,66 @@ class Batch:
     height: int
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """Token ids of many texts end to end, and where each begins: what batches are filled from."""
+
+    flat: np.ndarray
+    starts_N: np.ndarray
+    lengths_N: np.ndarray
+
+    @classmethod
+    def of(cls, ids: Sequence[Sequence[int]]) -> Tokens:
+        """From one list of ids a text."""
+        lengths_N = np.fromiter((len(tokens) for tokens in ids), np.int64, len(ids))
+        flat = np.fromiter(chain.from_iterable(ids), np.int64, int(lengths_N.sum()))
+        return cls(flat, np.cumsum(lengths_N) - lengths_N, lengths_N)
+
+
 def cut_batches(
-    lengths_N: np.ndarray, *, budget: int, exact: bool = False, length: int | None = None
+    lengths_N: np.ndarray, *, budget: int, shape: Shape = "sorted", length: int | None = None
 ) -> list[Batch]:
     """Length-sorted batches of at most `budget` tokens each, longest first (memory peaks at the start).
 
-    With `exact`, a shape depends on the text's own length alone (a multiple of 8, `budget // length` texts),
-    and at least one row is a dummy: the mask is never all ones, so attention takes one path and a text gets
-    the same bytes whatever shares its batch. `length` pads everything to one length (SigLIP wants that).
+    "sorted" pads to the longest of a batch. "uniform" puts texts of one length together, so that there is
+    neither padding nor a mask. "exact" makes a shape depend on the text's own length alone (a multiple of 8,
+    `budget // length` texts), with one dummy row at least: the mask is never all ones, so attention takes one
+    path and a text gets the same bytes whatever shares its batch. `length` pads everything to one length.
     """
-    budget = max(budget, EXACT_MIN_BUDGET) if exact else budget
-    padded_N = padded_lengths(lengths_N, exact=exact, length=length)
-    order = np.argsort(-padded_N if exact else -lengths_N, kind="stable")
+    budget = max(budget, EXACT_MIN_BUDGET) if shape == "exact" else budget
+    padded_N = padded_lengths(lengths_N, shape=shape, length=length)
+    order = np.argsort(-padded_N, kind="stable")
     batches, start = [], 0
     while start < len(order):
         width = int(padded_N[order[start]])
         rows = order[start : start + max(1, budget // width)]
-        if exact:
+        if shape != "sorted":
             rows = rows[padded_N[rows] == width]
-        height = max(1, budget // width) + 1 if exact else len(rows)
+        height = max(1, budget // width) + 1 if shape == "exact" else len(rows)
         batches.append(Batch(rows, width, height))
         start += len(rows)
     return batches
 
 
-def padded_lengths(lengths_N: np.ndarray, *, exact: bool, length: int | None) -> np.ndarray:
+def padded_lengths(lengths_N: np.ndarray, *, shape: Shape, length: int | None) -> np.ndarray:
     """The length each text would be padded to in a batch of its own."""
     if length is not None:
         return np.full_like(lengths_N, length)
-    if exact:
+    if shape == "exact":
         return -(-np.maximum(lengths_N, 1) // EXACT_MULTIPLE) * EXACT_MULTIPLE
     return np.maximum(lengths_N, 1)
 
 
-def pad_batch(ids: Sequence[Sequence[int]], batch: Batch, *, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids and mask (both int64, height x length) of one batch; a dummy row is one visible pad token."""
-    ids_BS = np.full((batch.height, batch.length), pad_id, dtype=np.int64)
-    mask_BS = np.zeros((batch.height, batch.length), dtype=np.int64)
-    for row, position in enumerate(batch.rows):
-        tokens = ids[position]
-        ids_BS[row, : len(tokens)] = tokens
-        mask_BS[row, : len(tokens)] = 1
-    mask_BS[mask_BS.sum(axis=1) == 0, 0] = 1
-    return ids_BS, mask_BS
+def fill_batch(tokens: Tokens, batch: Batch, *, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids and mask (int64, height x length) of one batch; a dummy row is one visible pad token."""
+    lengths_B = np.ones(batch.height, dtype=np.int64)
+    lengths_B[: len(batch.rows)] = np.maximum(tokens.lengths_N[batch.rows], 1)
+    mask_BS = np.arange(batch.length) < lengths_B[:, None]
+    ids_BS = np.full(mask_BS.shape, pad_id, dtype=np.int64)
+    real_BS = mask_BS[: len(batch.rows)] & (tokens.lengths_N[batch.rows] > 0)[:, None]
+    at_BS = tokens.starts_N[batch.rows][:, None] + np.arange(batch.length)
+    ids_BS[: len(batch.rows)][real_BS] = tokens.flat[at_BS[real_BS]]
+    return ids_BS, mask_BS.astype(np.int64)
 
 
 def ahead(items: Sequence[T], prepare: Callable[[T], U], *, depth: int = 2) -> Iterator[tuple[T, U]]:

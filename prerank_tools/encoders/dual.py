@@ -40,7 +40,7 @@ class DualTextTower(Tower):
         self.dim = shared_dim(model.config)
         self.masked = fixed_length(model.config) is None
 
-    def forward(self, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
+    def forward(self, ids_BS: Tensor, mask_BS: Tensor | None) -> Tensor:
         mask = {"attention_mask": mask_BS} if self.masked else {}
         return features(self.model.get_text_features(input_ids=ids_BS, **mask))
 

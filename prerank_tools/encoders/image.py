@@ -65,6 +65,7 @@ class ImageEncoder:
         max_bytes: int = 64 << 20,
         precision: str = "auto",
         exact: bool = False,
+        compiled: bool = False,
         device: str = "cpu",
         threads: int = 2,
     ) -> None:
@@ -74,6 +75,7 @@ class ImageEncoder:
         self.dtype = resolve_precision(precision, self.device)
         self.tower = tower.eval().to(self.device, self.dtype)
         self.tower.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._tower = torch.compile(self.tower) if compiled else self.tower
         self.dim = tower.dim
         self._pixels_of = pixels_of
         self._threads = threads
@@ -92,7 +94,7 @@ class ImageEncoder:
 
             for _, (rows, pixels) in ahead(starts, prepare):
                 if pixels is not None:
-                    x_NI[rows] = self._forward(pixels, len(rows))
+                    x_NI[rows] = self.forward(torch.from_numpy(pixels))[: len(rows)].cpu().numpy()
         return x_NI, faults
 
     def _prepare(
@@ -123,9 +125,10 @@ class ImageEncoder:
             return str(fault)
 
     @torch.inference_mode()
-    def _forward(self, pixels_BCHW: np.ndarray, rows: int) -> np.ndarray:
-        pixels = torch.from_numpy(pixels_BCHW).to(self.device, self.dtype, memory_format=torch.channels_last)
-        return normalize(self.tower(pixels)[:rows], dim=-1).cpu().numpy()
+    def forward(self, pixels_BCHW: Tensor) -> Tensor:
+        """Unit vectors (B, I) of one batch, on the device."""
+        pixels = pixels_BCHW.to(self.device, self.dtype, memory_format=torch.channels_last)
+        return normalize(self._tower(pixels), dim=-1)
 
 
 def decode(data: bytes, *, max_pixels: int, max_bytes: int = 64 << 20) -> Image.Image:

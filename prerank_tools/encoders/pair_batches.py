@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from prerank_tools.encoders.batches import Batch, pad_batch
+from prerank_tools.encoders.batches import Batch, Tokens, fill_batch
 from prerank_tools.encoders.fusion import Fusion
 from prerank_tools.training.batches import ShuffledRows
 
@@ -110,7 +110,9 @@ class RawContents:
     def _tokens(self, rows_B: np.ndarray, shown_B: np.ndarray) -> dict[str, Tensor]:
         ids = [self.ids[row] if show else [] for row, show in zip(rows_B, shown_B, strict=True)]
         length = self.length or max(1, *(len(tokens) for tokens in ids), 1)
-        ids_BS, mask_BS = pad_batch(ids, Batch(np.arange(len(ids)), length, len(ids)), pad_id=self.pad_id)
+        ids_BS, mask_BS = fill_batch(
+            Tokens.of(ids), Batch(np.arange(len(ids)), length, len(ids)), pad_id=self.pad_id
+        )
         return {
             "input_ids": torch.from_numpy(ids_BS),
             "attention_mask": torch.from_numpy(mask_BS),

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from prerank_tools.encoders.batches import Batch, ahead, cut_batches, pad_batch
+from prerank_tools.encoders.batches import Batch, Shape, Tokens, ahead, cut_batches, fill_batch
 from prerank_tools.encoders.tower import GPU_FACTOR, Tower, resolve_precision
 
 Pooling = Literal["mean", "cls", "last"]
+WINDOW = 8192
 
 
 class TextTower(Tower):
@@ -28,15 +29,17 @@ class TextTower(Tower):
         self.pooling = pooling
         self.dim = dim
 
-    def forward(self, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
+    def forward(self, ids_BS: Tensor, mask_BS: Tensor | None) -> Tensor:
         hidden_BST = self.model(input_ids=ids_BS, attention_mask=mask_BS).last_hidden_state
         return pool(hidden_BST, mask_BS, self.pooling)
 
 
-def pool(hidden_BST: Tensor, mask_BS: Tensor, pooling: Pooling) -> Tensor:
+def pool(hidden_BST: Tensor, mask_BS: Tensor | None, pooling: Pooling) -> Tensor:
     """One fp32 vector a text: the mean of its visible tokens, its first or its last (padding is right)."""
     if pooling == "cls":
         return hidden_BST[:, 0].float()
+    if mask_BS is None:
+        return hidden_BST[:, -1].float() if pooling == "last" else hidden_BST.float().mean(dim=1)
     if pooling == "last":
         last_B = mask_BS.sum(dim=1) - 1
         return hidden_BST[torch.arange(len(last_B), device=last_B.device), last_B].float()
@@ -68,8 +71,6 @@ class TextEncoder:
     With `exact`, a text's bytes depend neither on the budget nor on what shares its batch.
     """
 
-    WINDOW = 8192  # texts sorted by length together; the next window is tokenised during this one's passes
-
     def __init__(
         self,
         tower: Tower,
@@ -79,14 +80,21 @@ class TextEncoder:
         token_budget: int = 4096,
         precision: str = "auto",
         exact: bool = False,
+        compiled: bool = False,
         device: str = "cpu",
     ) -> None:
-        self.exact = exact
         self.device = torch.device(device)
+        on_gpu = self.device.type == "cuda"
         # A GPU is busy only with more at once; the number is fixed, so that bytes repeat on one device type.
-        self.budget = token_budget * GPU_FACTOR if self.device.type == "cuda" else token_budget
+        self.budget = token_budget * GPU_FACTOR if on_gpu else token_budget
         self.dtype = resolve_precision(precision, self.device)
+        self.shape: Shape = (
+            "exact" if exact else "uniform" if on_gpu and not tokenizer.fixed_length else "sorted"
+        )
+        # Texts sorted by length together; the next window is tokenised during this one's passes.
+        self.window = WINDOW * GPU_FACTOR if on_gpu else WINDOW
         self.tower = tower.eval().to(self.device, self.dtype)
+        self._tower = torch.compile(self.tower, dynamic=True) if compiled else self.tower
         self.dim = tower.dim
         self.tokenizer = tokenizer
         self.max_tokens = min(tokenizer.max_tokens, max_tokens)
@@ -94,39 +102,39 @@ class TextEncoder:
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         """Unit vectors x_NT in float32, in the order of the texts; equal texts are encoded once."""
         unique = list(dict.fromkeys(texts))
-        windows = [unique[i : i + self.WINDOW] for i in range(0, len(unique), self.WINDOW)]
-        parts = [self._encode_window(ids) for _, ids in ahead(windows, self._ids)]
+        windows = [unique[i : i + self.window] for i in range(0, len(unique), self.window)]
+        parts = [self._encode_window(tokens) for _, tokens in ahead(windows, self._tokens)]
         x_UT = np.concatenate(parts) if parts else np.empty((0, self.dim), np.float32)
         row_of = {text: row for row, text in enumerate(unique)}
         return x_UT[[row_of[text] for text in texts]]
 
-    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+    def _tokens(self, texts: Sequence[str]) -> Tokens:
         # A token has seldom more than ten characters: what lies far behind the cut need not be tokenised.
         texts = [text[: 32 * self.max_tokens] for text in texts]
-        return self.tokenizer.ids_of(texts, max_tokens=self.max_tokens)
+        return Tokens.of(self.tokenizer.ids_of(texts, max_tokens=self.max_tokens))
 
-    def _encode_window(self, ids: list[list[int]]) -> np.ndarray:
+    def _encode_window(self, tokens: Tokens) -> np.ndarray:
         batches = cut_batches(
-            np.array([len(tokens) for tokens in ids]),
-            budget=self.budget,
-            exact=self.exact,
-            length=self.tokenizer.fixed_length,
+            tokens.lengths_N, budget=self.budget, shape=self.shape, length=self.tokenizer.fixed_length
         )
         # Results stay on the device until the window ends: a copy after each batch would wait for it.
-        x_NT = torch.empty((len(ids), self.dim), device=self.device)
-        for batch, tensors in ahead(batches, lambda batch: self._tensors(ids, batch)):
-            x_NT[torch.from_numpy(batch.rows).to(self.device)] = self._forward(batch, *tensors)
+        x_NT = torch.empty((len(tokens.lengths_N), self.dim), device=self.device)
+        for batch, (ids_BS, mask_BS) in ahead(batches, lambda batch: self._tensors(tokens, batch)):
+            x_NT[torch.from_numpy(batch.rows).to(self.device)] = self.forward(ids_BS, mask_BS)[
+                : len(batch.rows)
+            ]
         return x_NT.cpu().numpy()
 
-    def _tensors(self, ids: list[list[int]], batch: Batch) -> tuple[Tensor, Tensor]:
-        ids_BS, mask_BS = (torch.from_numpy(x) for x in pad_batch(ids, batch, pad_id=self.tokenizer.pad_id))
+    def _tensors(self, tokens: Tokens, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        ids_BS, mask_BS = fill_batch(tokens, batch, pad_id=self.tokenizer.pad_id)
+        mask = None if self.shape == "uniform" else torch.from_numpy(mask_BS)
         if self.device.type == "cuda":
-            return ids_BS.pin_memory(), mask_BS.pin_memory()
-        return ids_BS, mask_BS
+            return torch.from_numpy(ids_BS).pin_memory(), None if mask is None else mask.pin_memory()
+        return torch.from_numpy(ids_BS), mask
 
     @torch.inference_mode()
-    def _forward(self, batch: Batch, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
-        x_BT = self.tower(
-            ids_BS.to(self.device, non_blocking=True), mask_BS.to(self.device, non_blocking=True)
-        )
-        return normalize(x_BT[: len(batch.rows)], dim=-1)
+    def forward(self, ids_BS: Tensor, mask_BS: Tensor | None) -> Tensor:
+        """Unit vectors (B, T) of one batch, on the device; without a mask every token is visible."""
+        ids_BS = ids_BS.to(self.device, non_blocking=True)
+        mask_BS = None if mask_BS is None else mask_BS.to(self.device, non_blocking=True)
+        return normalize(self._tower(ids_BS, mask_BS), dim=-1)
