@@ -162,7 +162,7 @@ def tables(out: Path) -> Iterator[Step]:
     items, events = sample("retail_items"), sample("retail_events")
     yield Step(("data", "validate", items))
     yield Step(("data", "validate", events))
-    yield made(out, "split", "data split", (events, "--at", T), lambda told: f"cut by whole basket at {T}")
+    yield made(out, "split", "data split", (events, "--at", T), halves)
     yield made(out, "events", "data partition", (events, "--buckets", "4"), lambda told: "4 buckets of users")
     log, pool = str(out / "events"), ("--items", items)
     yield made(
@@ -284,6 +284,12 @@ def sample(name: str) -> str:
     import prerank_sample_data
 
     return str(prerank_sample_data.sample(name))
+
+
+def halves(told: Mapping[str, Any]) -> str:
+    """How many events lie on each side of the cut."""
+    counts = told["counts"]
+    return f"by whole basket at {T}: {counts['rows_train']:,} events before, {counts['rows_test']:,} held out"
 
 
 def popularity(told: Mapping[str, Any]) -> str:

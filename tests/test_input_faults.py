@@ -1,4 +1,4 @@
-"""Bad input at every command: faults of the table, faults of a row, and life; one error, one hint, no output."""
+"""Bad input at every command: faults of the table, of a row, and life; one error, one hint, no output."""
 
 from __future__ import annotations
 
