@@ -49,7 +49,8 @@ def print_result(summary: Mapping[str, Any], *, as_json: bool) -> None:
 
 
 def print_report(report: Mapping[str, Any], common: Mapping[str, Any]) -> None:
-    """Metrics on stdout, and in a file where one was named."""
+    """Metrics on stdout, and in a file where one was named; arrays and numpy numbers become plain ones."""
+    report = json.loads(json.dumps(report, default=plain))
     if common["output"]:
         from prerank_tools.run.commit import commit_json
 
@@ -66,6 +67,11 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
         elif value is not None and value != []:
             rows.append((f"{prefix}{key}", value))
     return rows
+
+
+def plain(value: Any) -> Any:
+    """A numpy number or array, a tensor, or anything else as JSON can hold it."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
 def shown(value: Any) -> str:

@@ -211,7 +211,9 @@ def items_to_sids(out: Path) -> Iterator[Step]:
         (str(out / "emb"), "--codebook", str(out / "sid/codebook"), "--previous", str(out / "sid")),
         lambda told: same_sids(out),
     )
-    # yield Step(("eval", "sid", str(out / "sid"), "--embeddings", str(out / "emb")), says=judged)
+    yield Step(
+        ("eval", "sid", str(out / "sid"), "--embeddings", str(out / "emb"), "--events", log), says=judged
+    )
     for form in ("int8", "fp8"):
         yield made(out, f"emb_{form}", "export vectors", (str(out / "emb"), "--format", form), fidelity)
 
@@ -367,8 +369,21 @@ def cold(told: Mapping[str, Any]) -> str:
     return f"cold users {told['quality']['cold_share']:.1%}"
 
 
+def judged(told: Mapping[str, Any]) -> str:
+    """Do SIDs keep neighbours together, and items of one basket?"""
+    return (
+        f"10 nearest kept {told['neighbour_recall']:.3f}; items of one basket share the first code "
+        f"{told['together']['depth_1']['lift']:.1f} times as often as by chance"
+    )
+
+
 def hit_rate(told: Mapping[str, Any]) -> str:
-    return json.dumps(told)
+    """Does the user vector point at the next basket, through a linear probe (ours)?"""
+    found = told["hit_rate"]
+    return (
+        f"HR@10 by a linear probe of the user vector {found['probe']['value']:.3f}, of the mean past item "
+        f"{found['probe_of_mean_content']['value']:.3f}, popularity {found['popularity']['value']:.3f}"
+    )
 
 
 def ranked(told: Mapping[str, Any]) -> str:

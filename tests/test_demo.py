@@ -1,4 +1,4 @@
-"""The demo: its lines are real command lines, and killed at any moment it ends in the bytes of a quiet run."""
+"""The demo: its lines are real command lines; killed at any moment it ends in the bytes of a quiet run."""
 
 from __future__ import annotations
 
