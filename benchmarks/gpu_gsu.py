@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import platform
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -25,10 +26,10 @@ from prerank_tools.gsu.simtier import simtier
 K = 50
 # block_m x block_n x split, warps, stages
 TILINGS = [
-    (128, 128, 2, 8, 3), (128, 128, 2, 8, 2), (128, 128, 2, 4, 2), (128, 128, 1, 8, 3), (128, 128, 1, 8, 2),
-    (128, 128, 1, 4, 2), (64, 128, 2, 8, 2), (64, 128, 2, 4, 2), (64, 128, 1, 4, 2), (64, 256, 1, 8, 2),
-    (128, 256, 1, 8, 2), (256, 128, 1, 8, 2),
+    (128, 128, 2, 8, 3), (128, 128, 1, 8, 3), (128, 128, 1, 8, 4), (128, 64, 2, 8, 3), (128, 64, 4, 8, 3),
+    (128, 64, 4, 4, 3), (64, 64, 4, 4, 3), (256, 64, 2, 8, 3), (128, 128, 2, 8, 2),
 ]  # fmt: skip
+RANKS = [(1, 1, 1), (2, 1, 1), (4, 1, 1), (1, 2, 1), (1, 4, 4), (1, 8, 4)]  # rank warps; list rows, warps
 
 
 def main() -> None:
@@ -154,11 +155,18 @@ def time_shape(users: int, candidates: int, history: int, dims: int) -> tuple[gs
             )
         except Exception as fault:
             lines.append(f"| tiling {name} | {type(fault).__name__} | - |")
+            print(name, str(fault)[:300])
             continue
         print(f"   mark alone {ms:.3f} of {whole:.3f} ms")
         if whole < best_ms:
             best, best_ms = tiling, whole
     past, asked = batch(users, candidates, history, dims, best)
+    for rank_warps, list_rows, list_warps in RANKS:
+        tiling = replace(best, rank_warps=rank_warps, list_rows=list_rows, list_warps=list_warps)
+        name = f"rank warps {rank_warps}, list rows {list_rows} warps {list_warps}"
+        whole = told(f"exact top-K lists, {name}", partial(gsu.search, past, asked, k=K, tiling=tiling))
+        if whole < best_ms:
+            best, best_ms = tiling, whole
     verify(past, asked, best)
     words_, stride = gsu.mark(past, asked, k=K, tiling=best)
     place, count = gsu.list_marked(words_, stride, asked, best)
@@ -183,8 +191,12 @@ def time_shape(users: int, candidates: int, history: int, dims: int) -> tuple[gs
     told("**exact SimTier histograms, as a CUDA graph**", captured_tiers.replay)
     told("unit rows of histories (once a user)", lambda: gsu.prepared(past.rows.raw_ND))
     flags = gsu.search(past, asked, k=K, tiling=best).flag_M
-    listed = f"Listed a row: mean {count.float().mean():.1f}, most {int(count.max())}; left to the reference:"
-    lines += ["", f"Best: {best}. {listed} {int((flags == 2).sum())} of {pairs} rows.", ""]
+    listed = f"Listed a row: mean {count.float().mean():.1f}, most {int(count.max())}; settled in float64:"
+    lines += [
+        "",
+        f"Best: {best}. {listed} {int((flags > 0).sum())} of {pairs}.",
+        "",
+    ]
     return best, lines
 
 

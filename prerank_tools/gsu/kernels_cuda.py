@@ -65,26 +65,32 @@ def mark(  # type: ignore[no-untyped-def]
     history = history_ptr + (base + column).to(tl.int64)[None, :] * D + d[:, None]
 
     high_0 = tl.full([BM, BN], -4.0, tl.float32)
-    high_1 = tl.full([BM, BN], -4.0, tl.float32)
+    high_1, high_2, high_3 = high_0, high_0, high_0
     for t in tl.range(0, whole, SPLIT, num_stages=STAGES):
         high_0 = tl.maximum(high_0, tl.dot(candidate, tl.load(history + t * BN * D)))
-        if SPLIT == 2:
+        if SPLIT >= 2:
             high_1 = tl.maximum(high_1, tl.dot(candidate, tl.load(history + (t + 1) * BN * D)))
+        if SPLIT == 4:
+            high_2 = tl.maximum(high_2, tl.dot(candidate, tl.load(history + (t + 2) * BN * D)))
+            high_3 = tl.maximum(high_3, tl.dot(candidate, tl.load(history + (t + 3) * BN * D)))
     for t in range(whole, tiles):
         score = _masked(candidate, history, t, column, visible, longest, BN, D)
-        if SPLIT == 2:
-            odd = t % 2 == 1
-            high_0 = tl.maximum(high_0, tl.where(odd, -4.0, score))
-            high_1 = tl.maximum(high_1, tl.where(odd, score, -4.0))
-        else:
-            high_0 = tl.maximum(high_0, score)
+        high_0 = tl.maximum(high_0, tl.where(t % SPLIT == 0, score, -4.0))
+        if SPLIT >= 2:
+            high_1 = tl.maximum(high_1, tl.where(t % SPLIT == 1, score, -4.0))
+        if SPLIT == 4:
+            high_2 = tl.maximum(high_2, tl.where(t % SPLIT == 2, score, -4.0))
+            high_3 = tl.maximum(high_3, tl.where(t % SPLIT == 3, score, -4.0))
 
     low, high = tl.full([BM], -1.01, tl.float32), tl.full([BM], 1.01, tl.float32)
     for _ in range(14):
         middle = 0.5 * (low + high)
         reached = tl.sum((high_0 >= middle[:, None]).to(tl.int32), axis=1)
-        if SPLIT == 2:
+        if SPLIT >= 2:
             reached += tl.sum((high_1 >= middle[:, None]).to(tl.int32), axis=1)
+        if SPLIT == 4:
+            reached += tl.sum((high_2 >= middle[:, None]).to(tl.int32), axis=1)
+            reached += tl.sum((high_3 >= middle[:, None]).to(tl.int32), axis=1)
         low, high = tl.where(reached >= K, middle, low), tl.where(reached >= K, high, middle)
     slack = tl.load(slack_ptr + row, mask=real, other=0.0)
     # Not clear of zero, where missing vectors and exact zeros lie: everything is listed, and settled exactly.
@@ -143,7 +149,6 @@ def rank(  # type: ignore[no-untyped-def]
     history_ptr,
     inverse_c_ptr,
     inverse_n_ptr,
-    vector_n_ptr,
     with_vector_ptr,
     group_ptr,
     offset_ptr,
@@ -161,70 +166,168 @@ def rank(  # type: ignore[no-untyped-def]
     D: tl.constexpr,
     STRIDE: tl.constexpr,
     P: tl.constexpr,
-    EXACT: tl.constexpr,
     LISTS: tl.constexpr,
     TIERS: tl.constexpr,
 ):
-    """Order one candidate's listed behaviours: positions, cosines, tiers of the K best.
+    """Order one candidate's listed behaviours by float32 cosines, each within `error` of the true one.
 
-    Flags: 0 settled, 1 needs the exact pass, 2 listed more than fit. The exact pass takes flag 1 only.
+    Flags: 0 settled; 1 and 2 need the exact pass, over P or STRIDE listed; 3 listed more than fit. A row is
+    settled where no two cosines are too near to tell who comes first (lists) or who is among the K
+    (histograms), and none is too near the edge of a tier.
     """
     row = tl.program_id(0)
-    flag = 1
-    if EXACT:
-        flag = tl.load(flag_ptr + row)
-    if flag == 1:
-        number = tl.float64 if EXACT else tl.float32
+    count = tl.load(count_ptr + row)
+    base = tl.load(offset_ptr + tl.load(group_ptr + row))
+    slot = tl.arange(0, P)
+    listed = slot < count
+    at = tl.load(place_ptr + row * STRIDE + slot, mask=listed, other=0)
+    d = tl.arange(0, D)
+    x = tl.load(
+        history_ptr + (base + at).to(tl.int64)[:, None] * D + d[None, :], mask=listed[:, None], other=0
+    )
+    y = tl.load(candidate_ptr + row.to(tl.int64) * D + d)
+    products = tl.reshape(x.to(tl.float32) * y.to(tl.float32)[None, :], (P, 16, D // 16))
+    dot = tl.sum(tl.sum(products, axis=2), axis=1)
+    inverse_c = tl.load(inverse_c_ptr + row).to(tl.float32)
+    inverse_n = tl.load(inverse_n_ptr + base + at, mask=listed, other=0.0).to(tl.float32)
+    sim = dot * inverse_c * inverse_n
+    usable = listed & (inverse_n > 0)
+    # A length that float32 cannot hold makes its cosine anything, NaN included; an exact zero must be known.
+    strange = usable & ~((tl.abs(sim) > error) & (tl.abs(sim) < 1.5))
+    strange = strange | (usable & ((inverse_n > 1e15) | (inverse_n < 1e-15)))
+    odd = (inverse_c > 1e15) | (inverse_c < 1e-15)
+    sim = tl.where(usable, sim, -4.0)
+    before = tl.sum((sim[None, :] > (sim + 2.0 * error)[:, None]).to(tl.int32), axis=1)
+    upto = tl.sum((sim[None, :] >= (sim - 2.0 * error)[:, None]).to(tl.int32), axis=1) - 1
+    best = usable & (before < K)
+    if LISTS:
+        doubt = best & (upto > before)
+    else:
+        doubt = best & (upto >= K)
+    tenths = sim * 10.0
+    doubt = doubt | (best & (tl.abs(tenths - tl.floor(tenths + 0.5)) <= 10.0 * error + 2e-6)) | strange
+    flag = tl.max(doubt.to(tl.int32), axis=0)
+    flag = tl.where(odd & (count > 0), 1, flag)
+    flag = tl.where(count > P, 2, flag)
+    tl.store(flag_ptr + row, tl.where(count > STRIDE, 3, flag))
+    _write(
+        row,
+        at,
+        sim,
+        best,
+        before,
+        base,
+        with_vector_ptr,
+        visible_ptr,
+        position_ptr,
+        sim_ptr,
+        n_valid_ptr,
+        tier_ptr,
+        K,
+        KP,
+        LISTS,
+        TIERS,
+    )
+
+
+@triton.jit
+def rank_exactly(  # type: ignore[no-untyped-def]
+    candidate_ptr,
+    history_ptr,
+    inverse_c_ptr,
+    inverse_n_ptr,
+    with_vector_ptr,
+    group_ptr,
+    offset_ptr,
+    visible_ptr,
+    place_ptr,
+    count_ptr,
+    flag_ptr,
+    position_ptr,
+    sim_ptr,
+    n_valid_ptr,
+    tier_ptr,
+    K: tl.constexpr,
+    KP: tl.constexpr,
+    D: tl.constexpr,
+    STRIDE: tl.constexpr,
+    P: tl.constexpr,
+    FLAG: tl.constexpr,
+    LISTS: tl.constexpr,
+    TIERS: tl.constexpr,
+):
+    """The same in fixed-order float64, ties to the later behaviour, for the rows that carry this flag."""
+    row = tl.program_id(0)
+    if tl.load(flag_ptr + row) == FLAG:
         count = tl.load(count_ptr + row)
         base = tl.load(offset_ptr + tl.load(group_ptr + row))
         slot = tl.arange(0, P)
         listed = slot < count
         at = tl.load(place_ptr + row * STRIDE + slot, mask=listed, other=0)
         one = tl.zeros([1], tl.int32) + row
-        dot = _lane_dots(history_ptr, base + at, listed, candidate_ptr, one, one >= 0, D, P, number)
-        inverse_c = tl.load(inverse_c_ptr + one).to(number)
-        inverse_n = tl.load(inverse_n_ptr + base + at, mask=listed, other=0.0).to(number)
-        vector = tl.load(vector_n_ptr + base + at, mask=listed, other=-1)
-        sim = dot * inverse_c * inverse_n
-        usable = listed & (inverse_n > 0) & (inverse_c > 0)
-        chosen = usable & (sim != 0)
-        sim = tl.where(chosen, sim, -4.0)
-        above = sim[None, :] > sim[:, None]
+        dot = _lane_dots(history_ptr, base + at, listed, candidate_ptr, one, one >= 0, D, P, tl.float64)
+        inverse_n = tl.load(inverse_n_ptr + base + at, mask=listed, other=0.0)
+        sim = dot * tl.load(inverse_c_ptr + one) * inverse_n
+        usable = listed & (inverse_n > 0) & (sim != 0)
+        sim = tl.where(usable, sim, -4.0)
         later = (sim[None, :] == sim[:, None]) & (at[None, :] > at[:, None])
-        place = tl.sum(((above | later) & chosen[None, :]).to(tl.int32), axis=1)
-        best = chosen & (place < K)
-        kept = tl.sum(best.to(tl.int32), axis=0)
+        before = tl.sum((((sim[None, :] > sim[:, None]) | later) & usable[None, :]).to(tl.int32), axis=1)
+        best = usable & (before < K)
+        _write(
+            row,
+            at,
+            sim.to(tl.float32),
+            best,
+            before,
+            base,
+            with_vector_ptr,
+            visible_ptr,
+            position_ptr,
+            sim_ptr,
+            n_valid_ptr,
+            tier_ptr,
+            K,
+            KP,
+            LISTS,
+            TIERS,
+        )
 
-        if EXACT:
-            doubt = 0
-        else:
-            near = (tl.abs(sim[None, :] - sim[:, None]) <= 2.0 * error) & (vector[None, :] != vector[:, None])
-            near = near & chosen[None, :] & best[:, None]
-            tenths = sim * 10.0
-            edge = best & (tl.abs(tenths - tl.floor(tenths + 0.5)) <= 10.0 * error + 2e-6)
-            # A length that float32 cannot hold makes its cosine anything, NaN included.
-            strange = usable & ((sim == -4.0) | (tl.abs(sim) <= error) | ~(tl.abs(sim) < 1.5))
-            strange = strange | (usable & ((inverse_n > 1e15) | (inverse_n < 1e-15)))
-            strange = strange | (usable & ((inverse_c > 1e15) | (inverse_c < 1e-15)))
-            doubt = tl.max(tl.max(near.to(tl.int32), axis=1), axis=0)
-            doubt = tl.maximum(doubt, tl.max((edge | strange).to(tl.int32), axis=0))
-            doubt = tl.where(count > P, 1, doubt)
-        tl.store(flag_ptr + row, tl.where(count > STRIDE, 2, doubt))
-        visible = tl.load(visible_ptr + row)
-        all_valid = tl.load(with_vector_ptr + base + visible - 1, mask=visible > 0, other=0)
-        tl.store(n_valid_ptr + row, tl.where(kept < K, kept, all_valid))
-        if LISTS:
-            pad = tl.arange(0, KP)
-            empty = (pad >= kept) & (pad < K)
-            tl.store(position_ptr + row * K + pad, tl.full([KP], -1, tl.int32), mask=empty)
-            tl.store(sim_ptr + row * K + pad, tl.full([KP], -1.1, tl.float32), mask=empty)
-            tl.store(position_ptr + row * K + place, at, mask=best)
-            tl.store(sim_ptr + row * K + place, sim.to(tl.float32), mask=best)
-        if TIERS:
-            tier = tl.ceil(sim.to(tl.float32) * 10.0).to(tl.int32) + 10
-            bins = tl.arange(0, 32)
-            counted = ((tier[:, None] == bins[None, :]) & best[:, None]).to(tl.int32)
-            tl.store(tier_ptr + row * 22 + bins, tl.sum(counted, axis=0).to(tl.uint8), mask=bins < 22)
+
+@triton.jit
+def _write(  # type: ignore[no-untyped-def]
+    row,
+    at,
+    sim,
+    best,
+    place,
+    base,
+    with_vector_ptr,
+    visible_ptr,
+    position_ptr,
+    sim_ptr,
+    n_valid_ptr,
+    tier_ptr,
+    K: tl.constexpr,
+    KP: tl.constexpr,
+    LISTS: tl.constexpr,
+    TIERS: tl.constexpr,
+):
+    kept = tl.sum(best.to(tl.int32), axis=0)
+    visible = tl.load(visible_ptr + row)
+    with_vector = tl.load(with_vector_ptr + base + visible - 1, mask=visible > 0, other=0)
+    tl.store(n_valid_ptr + row, tl.where(kept < K, kept, with_vector))
+    if LISTS:
+        pad = tl.arange(0, KP)
+        empty = (pad >= kept) & (pad < K)
+        tl.store(position_ptr + row * K + pad, tl.full([KP], -1, tl.int32), mask=empty)
+        tl.store(sim_ptr + row * K + pad, tl.full([KP], -1.1, tl.float32), mask=empty)
+        tl.store(position_ptr + row * K + place, at, mask=best)
+        tl.store(sim_ptr + row * K + place, sim, mask=best)
+    if TIERS:
+        tier = tl.ceil(sim * 10.0).to(tl.int32) + 10
+        bins = tl.arange(0, 32)
+        counted = ((tier[:, None] == bins[None, :]) & best[:, None]).to(tl.int32)
+        tl.store(tier_ptr + row * 22 + bins, tl.sum(counted, axis=0).to(tl.uint8), mask=bins < 22)
 
 
 @triton.jit

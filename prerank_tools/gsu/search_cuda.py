@@ -35,6 +35,9 @@ class Tiling:
     warps: int = 8
     stages: int = 3
     narrow: int = 64  # listed behaviours that the float32 pass takes
+    rank_warps: int = 1
+    list_rows: int = 1
+    list_warps: int = 1
 
     @classmethod
     def for_width(cls, width: int) -> Tiling:
@@ -53,10 +56,9 @@ class Prepared(NamedTuple):
 
 
 class Past(NamedTuple):
-    """Histories of a batch: rows, which vector each row is, running counts of rows with a vector."""
+    """Histories of a batch: rows, running counts of rows with a vector."""
 
     rows: Prepared
-    vector_N: Tensor
     with_vector_N: Tensor
     offsets: Tensor
 
@@ -75,7 +77,7 @@ class Asked(NamedTuple):
 
 
 class Found(NamedTuple):
-    """Tensors on the device, as in `TopK`; `flag_M` is 2 where a row is left to the reference."""
+    """Tensors on the device, as in `TopK`; `flag_M` is 3 where a row is left to the reference."""
 
     positions_MK: Tensor
     sims_MK: Tensor
@@ -109,7 +111,7 @@ def topk_cuda(
         found.sims_MK[members] = result.sims_MK.cpu().numpy()
         found.n_valid_M[members] = result.n_valid_M.cpu().numpy()
         found.recent_MS[members] = latest_cosines(past, asked, recent).cpu().numpy()
-        for row in torch.nonzero(result.flag_M == 2)[:, 0].tolist():
+        for row in torch.nonzero(result.flag_M == 3)[:, 0].tolist():
             best, sims, n_valid = _settle(past, asked, row, k)
             found.positions_MK[members][row, : len(best)] = best.cpu().numpy()
             found.sims_MK[members][row, : len(best)] = sims.cpu().numpy()
@@ -132,14 +134,13 @@ def upload(table: Tensor, groups: Groups, span: range, tiling: Tiling) -> tuple[
 
 def past_of(table: Tensor, rows_N: np.ndarray, offsets: np.ndarray) -> Past:
     """Histories on the device. `table` is the stored rows with one row of zeros after them."""
-    vector_N = _to(rows_N, table)
-    rows = prepared(table[vector_N])
+    rows = prepared(table[_to(rows_N, table)])
     has_N = (rows.inverse_N > 0).to(torch.int32)
     running_N = has_N.cumsum(0, dtype=torch.int32)
     sizes, starts = _to(np.diff(offsets), table), _to(offsets, table)
     before_G = torch.cat([running_N.new_zeros(1), running_N])[starts[:-1]]
     before_N = torch.repeat_interleave(before_G, sizes, output_size=len(rows_N))
-    return Past(rows, vector_N.to(torch.int32), running_N - before_N, starts)
+    return Past(rows, running_N - before_N, starts)
 
 
 def asked_of(
@@ -223,8 +224,17 @@ def list_marked(words: Tensor, stride: int, asked: Asked, tiling: Tiling) -> tup
     place_MP = torch.empty((rows, LISTED), dtype=torch.int32, device=words.device)
     count_M = torch.empty(rows, dtype=torch.int32, device=words.device)
     if rows:
-        kernels.list_marked[(triton.cdiv(rows, 4),)](
-            words, stride, asked.visible_M, rows, place_MP, count_M, P=LISTED, BN=tiling.block_n, R=4
+        kernels.list_marked[(triton.cdiv(rows, tiling.list_rows),)](
+            words,
+            stride,
+            asked.visible_M,
+            rows,
+            place_MP,
+            count_M,
+            P=LISTED,
+            BN=tiling.block_n,
+            R=tiling.list_rows,
+            num_warps=tiling.list_warps,
         )
     return place_MP, count_M
 
@@ -249,38 +259,26 @@ def rank(
         tier_MN=torch.empty((rows, TIERS) if tiers else (0, TIERS), dtype=torch.uint8, device=device),
         flag_M=torch.empty(rows, dtype=torch.int32, device=device),
     )
-    # A lane adds width / 16 products, four halvings follow, three factors: each rounds once.
-    error = (width // LANES + 12) * 2.0**-24
-    for exact, listed in ((False, min(tiling.narrow, LISTED)), (True, LISTED)):
-        if rows:
-            kernels.rank[(rows,)](
-                asked.rows.raw_ND,
-                past.rows.raw_ND,
-                asked.rows.inverse_N,
-                past.rows.inverse_N,
-                past.vector_N,
-                past.with_vector_N,
-                asked.group_M,
-                past.offsets,
-                asked.visible_M,
-                place_MP,
-                count_M,
-                found.flag_M,
-                found.positions_MK,
-                found.sims_MK,
-                found.n_valid_M,
-                found.tier_MN,
-                error,
-                K=k,
-                KP=triton.next_power_of_2(k),
-                D=width,
-                STRIDE=LISTED,
-                P=listed,
-                EXACT=exact,
-                LISTS=lists,
-                TIERS=tiers,
-                num_warps=4 if exact else 2,
-            )
+    # Sums of width / 16 and of 16 terms in any order, then lengths: each operation rounds once.
+    error = (width // LANES + 22) * 2.0**-24
+    narrow = min(tiling.narrow, LISTED)
+    tables = (
+        asked.rows.raw_ND, past.rows.raw_ND, asked.rows.inverse_N, past.rows.inverse_N, past.with_vector_N,
+        asked.group_M, past.offsets, asked.visible_M, place_MP, count_M, found.flag_M,
+        found.positions_MK, found.sims_MK, found.n_valid_M, found.tier_MN,
+    )  # fmt: skip
+    shape = {
+        "K": k,
+        "KP": triton.next_power_of_2(k),
+        "D": width,
+        "STRIDE": LISTED,
+        "LISTS": lists,
+        "TIERS": tiers,
+    }
+    if rows:
+        kernels.rank[(rows,)](*tables, error, P=narrow, num_warps=tiling.rank_warps, **shape)
+        kernels.rank_exactly[(rows,)](*tables, P=narrow, FLAG=1, num_warps=2, **shape)
+        kernels.rank_exactly[(rows,)](*tables, P=LISTED, FLAG=2, num_warps=4, **shape)
     return found
 
 

@@ -93,7 +93,10 @@ def finish(
 ) -> int:
     """Exact cosines of shortlist `c`, best K first into row `m` of `found`; how many there are."""
     left, ids_B = 0, lists.ids_CB[c]
-    cut = _low_by_counting(lists.kept_CB, c, lists.size_C[c], found.positions_MK.shape[1], lists.slack_C[c])
+    whole = (lists.size_C[c] + 31) // 32 * 32
+    for b in range(lists.size_C[c], whole):
+        lists.kept_CB[c, b] = LOWEST
+    cut = _low_by_counting(lists.kept_CB, c, whole, found.positions_MK.shape[1], lists.slack_C[c])
     low = max(lists.low_C[c], cut)
     for b in range(lists.size_C[c]):
         if lists.kept_CB[c, b] >= low:
