@@ -2,7 +2,7 @@
 
     python benchmarks/scorer.py --out benchmarks/results/scorer.md
 
-Both give the same probabilities; checked before anything is timed. No data is read: weights and inputs are random.
+Both give the same probabilities; checked before anything is timed. Weights and inputs are random.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ HEAD = """# Three-tower scoring on a CPU
 `{command}`, {date}. {cpu},
 {threads} thread(s), Python {python}, torch {torch}, seed 0, median of {repeats} alternated runs.
 
-{requests} requests x {candidates} candidates out of {items} items, content {content}-d, {cross} cross features,
-three SID levels, random weights.
+{requests} requests x {candidates} candidates out of {items} items, content {content}-d,
+{cross} cross features, three SID levels, random weights.
 *Drawn*: every tower's output concatenated for every candidate, the item tower run for every candidate.
 *Cold*: split first layer, cache empty. *Warm*: the cache holds every item.
 Probabilities agree within {difference:.1e}.
@@ -50,8 +50,8 @@ Probabilities agree within {difference:.1e}.
 """
 READING = """
 Reading it: the gain is what the item tower and the wide part of the first layer cost when they run for every
-candidate. It shrinks where the upper layers dominate (`course`): neither the split nor a cache helps them. Cold
-is a single pass over {requests} requests that meet most items for the first time. Features (search, counts)
+candidate. It shrinks where the upper layers dominate (`course`): neither the split nor a cache helps them.
+Cold is one pass over {requests} requests that meet most items for the first time. Features (search, counts)
 are not in these numbers. Other work shared the cores: trust the ratios.
 """
 
