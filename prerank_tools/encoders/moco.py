@@ -31,7 +31,7 @@ class SclConfig(BaseModel):
     momentum_warmup: bool = True  # m_t = min(m, (1 + t) / (10 + t)): a fresh head moves fast at first
     temperature: float = Field(default=0.07, ge=0.01, le=1)  # where it starts
     learn_temperature: bool = True  # clamped to [1/100, 1]
-    bank_weight: float = Field(default=0.5, ge=0, le=1)  # share of the bank's term, the rest is in-batch
+    bank_weight: float = Field(default=0.2, ge=0, le=1)  # of the bank in L_nce, the rest is in-batch
     symmetric: bool = True  # item -> query as well, with a bank of its own
     triplet_weight: float = Field(default=0.5, ge=0)
     margin: float = Field(default=0.2, ge=0)
