@@ -1,6 +1,6 @@
 """Colliding items move to another code of the last level, so that their prefix, the coarse meaning, stays."""
 
-# N items, K codes of the last level, R rows to move, J candidate codes a row, M SIDs in use,
+# N items, K codes of the last level, R rows to move, M SIDs in use,
 # S groups of G items
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from prerank_tools.quantizers.sinkhorn import sinkhorn_lcrec
 
 LastDistances = Callable[[np.ndarray], np.ndarray]  # rows_R -> d_RK to every code of the last level
 
-CANDIDATES = 200  # FORGE's list of nearest last-level codes
 CHUNK = 8_192  # rows whose distances are held at once
 ROUNDS = 20  # LC-Rec
 PLAN_CELLS = 1 << 21  # distances in one batch of Sinkhorn groups
@@ -50,7 +49,8 @@ def _next_nearest(
 ) -> np.ndarray:
     """FORGE: at most `room` items a SID; the others, in id order, take their nearest last code with room.
 
-    FORGE keeps random items of a full SID; ours keeps the published ones, then those of lowest id.
+    FORGE keeps random items of a full SID and looks among the 200 nearest codes; ours keeps the published
+    ones, then those of lowest id, and looks at all codes.
     """
     last_N = key_N % codes
     order_N = order_by_key(key_N, ids_N)
@@ -66,8 +66,7 @@ def _next_nearest(
     used_K, at_prefix = np.zeros(codes, dtype=np.int64), -1
     for chunk_R in _chunks(rows_R):
         prefix_R = key_N[chunk_R] // codes
-        ranked_RJ = _nearest_codes(distances(chunk_R))
-        taken_R = _take_free(prefix_R, ranked_RJ, kept_M, count_M, room, used_K, at_prefix)
+        taken_R = _take_free(prefix_R, distances(chunk_R), kept_M, count_M, room, used_K, at_prefix)
         at_prefix = int(prefix_R[-1])
         last_N[chunk_R] = np.where(taken_R >= 0, taken_R, last_N[chunk_R])
     return last_N
@@ -76,14 +75,14 @@ def _next_nearest(
 @numba.njit(cache=True)
 def _take_free(
     prefix_R: np.ndarray,
-    ranked_RJ: np.ndarray,
+    d_RK: np.ndarray,
     kept_M: np.ndarray,
     count_M: np.ndarray,
     room: int,
     used_K: np.ndarray,
     at_prefix: int,
 ) -> np.ndarray:
-    """Each row's first candidate with room, or -1; `used_K` holds the counts of prefix `at_prefix`."""
+    """Each row's nearest code with room, the lowest of equals, or -1; `used_K` counts prefix `at_prefix`."""
     taken_R = np.full(len(prefix_R), -1, dtype=np.int64)
     codes = len(used_K)
     for row in range(len(prefix_R)):
@@ -95,21 +94,13 @@ def _take_free(
                 used_K[kept_M[at] - prefix * codes] = count_M[at]
                 at += 1
             at_prefix = prefix
-        for code in ranked_RJ[row]:
-            if used_K[code] < room:
-                used_K[code] += 1
+        for code in range(codes):
+            nearer = taken_R[row] < 0 or d_RK[row, code] < d_RK[row, taken_R[row]]
+            if nearer and used_K[code] < room:
                 taken_R[row] = code
-                break
+        if taken_R[row] >= 0:
+            used_K[taken_R[row]] += 1
     return taken_R
-
-
-def _nearest_codes(d_RK: np.ndarray) -> np.ndarray:
-    """The `CANDIDATES` nearest codes of each row, nearest first, the lowest code first among equals."""
-    if d_RK.shape[1] <= CANDIDATES:
-        return np.argsort(d_RK, axis=1, kind="stable")
-    near_RJ = np.sort(np.argpartition(d_RK, CANDIDATES, axis=1)[:, :CANDIDATES], axis=1)
-    by_distance_RJ = np.argsort(np.take_along_axis(d_RK, near_RJ, axis=1), axis=1, kind="stable")
-    return np.take_along_axis(near_RJ, by_distance_RJ, axis=1)
 
 
 def _sinkhorn_rounds(
