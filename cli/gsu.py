@@ -33,6 +33,14 @@ class Emit(StrEnum):
     both = "both"
 
 
+class TwoStep(StrEnum):
+    """Which index lists the behaviours of very long histories."""
+
+    ivf = "ivf"
+    hnsw = "hnsw"
+    items = "items"
+
+
 class Missing(StrEnum):
     """What a cold user or a candidate without a vector is."""
 
@@ -74,11 +82,19 @@ def topk(
             help="Cold users and items without a vector: zeros, or an error.", rich_help_panel=SEARCH
         ),
     ] = Missing.zero,
+    two_step: Annotated[
+        TwoStep | None,
+        typer.Option(help="Search very long histories through an index.", rich_help_panel=SEARCH),
+    ] = None,
+    min_recall: Annotated[
+        float, typer.Option(min=0, max=1, help="Of --two-step, on a sample.", rich_help_panel=SEARCH)
+    ] = 0.95,
     knobs: dict[str, Any] | None = None,
 ) -> Any:
     """Find the K past behaviours nearest to each candidate, as lists and SimTier histograms.
 
-    A request sees only what came strictly before its own time. Keys of the config: k, recent, lag (seconds).
+    A request sees only what came strictly before its own time. Keys of the config: k, recent,
+    lag (seconds), and a section `index` for --two-step.
     """
     from prerank_tools.gsu.stage import GsuConfig, GsuTopK
 
@@ -93,5 +109,7 @@ def topk(
         category=category_column,
         sids=sids,
         missing=missing.value,  # type: ignore[arg-type]
+        two_step=two_step.value if two_step else None,
+        min_recall=min_recall,
         config=parse_knobs(GsuConfig, knobs or {}),
     )

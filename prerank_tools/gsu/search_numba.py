@@ -40,12 +40,16 @@ def topk_numba(
 
 
 def cosines_at(
-    table_VD: np.ndarray, groups: Groups, positions_MK: np.ndarray, *, recent: int = RECENT
+    table_VD: np.ndarray,
+    groups: Groups,
+    positions_MK: np.ndarray,
+    *,
+    recent: int = RECENT,
+    dtype: type[np.floating] = np.float32,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Exact cosines of behaviours chosen in some other way, and of the latest ones; padded like `TopK`."""
-    found = empty_topk(len(positions_MK), k=positions_MK.shape[1], recent=recent)._replace(
-        positions_MK=positions_MK
-    )
+    found = empty_topk(len(positions_MK), k=positions_MK.shape[1], recent=recent)
+    found = found._replace(positions_MK=positions_MK, sims_MK=found.sims_MK.astype(dtype))
     _cosines_at(stored_bits(table_VD), groups, groups.of_candidates(), found)
     return found.sims_MK, found.recent_MS
 

@@ -18,6 +18,7 @@ from prerank_tools.gsu.modes import topk_by_ids, topk_by_prefix
 from prerank_tools.gsu.output import Emit, gsu_frame
 from prerank_tools.gsu.search import TopK, topk
 from prerank_tools.gsu.simtier import TIERS
+from prerank_tools.gsu.two_step import Index, Recall, TwoStepConfig, topk_two_step
 from prerank_tools.gsu.vectors import ItemVectors, is_large, map_vectors, open_mapped, read_vectors
 from prerank_tools.stage import Context, Part, Shard, Stage
 from prerank_tools.tables.bucketing import hash_ids
@@ -38,6 +39,7 @@ class GsuConfig(BaseModel):
     k: int = Field(default=50, ge=1, le=255)
     recent: int = Field(default=50, ge=0, le=255)
     lag: int = Field(default=0, ge=0)
+    index: TwoStepConfig = TwoStepConfig()
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ class GsuTopK(Stage):
     category: str = "category"
     sids: Path | None = None
     missing: Literal["zero", "fail"] = "zero"
+    two_step: Index | None = None
+    min_recall: float = 0.95
     config: GsuConfig = field(default_factory=GsuConfig)
 
     def inputs(self) -> Mapping[str, tuple[Path, str]]:
@@ -85,10 +89,16 @@ class GsuTopK(Stage):
             "missing": self.missing,
             **self.config.model_dump(mode="json"),
         }
+        if self.two_step is None:
+            chosen.pop("index")
+        else:
+            chosen |= {"two_step": self.two_step, "min_recall": self.min_recall}
         return chosen | ({"category": self.category} if self.mode == "sim-hard" else {})
 
     def check(self, ctx: Context) -> None:
-        """Refuse ids of two types, and a category column that is not there."""
+        """Refuse ids of two types, a category column that is not there, an index for another mode."""
+        if self.two_step and self.mode != "cosine":
+            raise UsageError(f"--two-step goes with --mode cosine, not {self.mode}", "leave --two-step out")
         for role, column in (("events", "user_id"), ("events", "item_id"), ("embeddings", "item_id")):
             asked = ctx.table("requests").scan().collect_schema()
             mine = asked[column] if column in asked else asked["candidates"].inner  # type: ignore[attr-defined]
@@ -129,8 +139,9 @@ class GsuTopK(Stage):
         requests, bad = self._requests(shard, ctx)
         asked = flat_requests(requests)
         search = search_of(asked, _log(ctx).read(shard.extra["bucket"]), lag=self.config.lag)
-        found, has_vector_M = self._search(search, ctx)
+        found, has_vector_M, recall = self._search(search, ctx)
         counts = _counts(requests, search, found, has_vector_M)
+        counts |= {"recall_found": recall.found, "recall_wanted": recall.wanted}
         frame = gsu_frame(search, found, has_vector_M, self.emit)
         counts["rows_in"] = len(requests) + len(bad)
         if shard.index == 0:
@@ -144,7 +155,17 @@ class GsuTopK(Stage):
         if self.missing == "fail":
             _forbid(counts)
         rows = max(1, counts["candidates"])
-        return {
+        recall = counts["recall_found"] / counts["recall_wanted"] if counts["recall_wanted"] else 1.0
+        if self.two_step:
+            ctx.hold(
+                "recall",
+                passed=recall >= self.min_recall,
+                message=f"--two-step {self.two_step}: {recall:.4f} of the exact top {self.config.k} "
+                f"were found, less than --min-recall {self.min_recall:g}",
+                hint="look harder: raise `probe`, `breadth` or `listed` under [gsu.topk.index] of --config",
+            )
+        measured = {"two_step_recall": recall} if self.two_step else {}
+        return measured | {
             "cold_share": counts["cold"] / rows,
             "without_vector_share": counts["without_vector"] / rows,
             "full_share": counts["full"] / rows,
@@ -205,12 +226,23 @@ class GsuTopK(Stage):
         mine = pl.Series(slice_N == shard.extra["slice"], dtype=pl.Boolean)
         return good.filter(mine), bad if shard.extra["slice"] == 0 else bad.clear()
 
-    def _search(self, search: Search, ctx: Context) -> tuple[TopK, np.ndarray]:
-        """What the mode finds, in the order of the search, and which candidates have a vector."""
+    def _search(self, search: Search, ctx: Context) -> tuple[TopK, np.ndarray, Recall]:
+        """What the mode finds, in the order of the search; which candidates have a vector; recall."""
         table_VD, row_U = self._vectors("embeddings", ctx).gather(search.items)
         groups = search.with_rows(row_U)
         k, recent = self.config.k, self.config.recent if self.emit != "topk" else 0
-        if self.mode == "cosine":
+        recall = Recall(0, 0)
+        if self.two_step:
+            found, recall = topk_two_step(
+                table_VD,
+                groups,
+                self.two_step,
+                self.config.index,
+                k=k,
+                recent=recent,
+                threads=ctx.threads,
+            )
+        elif self.mode == "cosine":
             backend: Any = "cuda" if ctx.device == "cuda" else "numba"
             found = topk(table_VD, groups, k=k, recent=recent, threads=ctx.threads, backend=backend)
         elif self.mode == "sim-soft":
@@ -225,7 +257,7 @@ class GsuTopK(Stage):
                 k=k,
                 recent=recent,
             )
-        return found, groups.candidate_rows_M >= 0
+        return found, groups.candidate_rows_M >= 0, recall
 
     def _codes(self, items: pl.Series, ctx: Context) -> np.ndarray:
         """(U, L) codes to match: a category as one level, or the SID; -1 where an item has none."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prerank_cli.main import call
-from prerank_tools.errors import ContractError, UsageError
+from prerank_tools.errors import ContractError, GateError, UsageError
 from prerank_tools.gsu import stage as gsu_stage
 from prerank_tools.gsu import vectors
 from prerank_tools.gsu.inline import simtier_for
 from prerank_tools.gsu.stage import GsuConfig, GsuTopK
+from prerank_tools.gsu.two_step import TwoStepConfig
 from prerank_tools.gsu.vectors import held_vectors
 from prerank_tools.run.job import RunOptions, run
 from prerank_tools.tables.vectors import numpy_to_vectors
@@ -360,3 +362,38 @@ def test_missing_column_is_one_line_and_exit_3(tmp_path: Path, capsys: pytest.Ca
     said = capsys.readouterr().err.splitlines()
     assert said[0].startswith("error: ") and "timestamp" in said[0] and said[1].startswith("hint: ")
     assert not (tmp_path / "gsu").exists()
+
+
+@pytest.mark.parametrize("index", ["ivf", "hnsw", "items"])
+def test_two_steps_say_what_they_miss(tmp_path: Path, index: Any) -> None:
+    config = GsuConfig(k=10, index=TwoStepConfig(heavy=200, listed=40, probe=8, neighbors=30))
+    stage = random_stage(tmp_path, config=config)
+    exact = rows_of(stage, tmp_path / "exact")
+    two = replace(stage, two_step=index, min_recall=0.0)
+    result = run(two, tmp_path / "two", RunOptions(workers=1))
+    assert result.manifest is not None
+    recall = result.manifest.quality["two_step_recall"]
+    found = pl.read_parquet(tmp_path / "two" / "data" / "*.parquet").sort("request_id", "item_id")
+    assert found["n_valid"].to_list() == exact["n_valid"].to_list() or recall < 1
+    assert 0.5 < recall <= 1
+    short = exact.filter(pl.col("n_valid") < 150)
+    assert found.join(short, on=["request_id", "item_id"]).height == short.height
+    same = found.join(exact, on=["request_id", "item_id"])
+    hits = sum(len(set(a) & set(b)) for a, b in zip(same["positions"], same["positions_right"], strict=True))
+    assert hits / exact["positions"].list.len().sum() > 0.5
+    assert (found["simtier"].arr.sum() == found["sims"].list.len()).all()
+
+
+def test_two_steps_below_the_recall_publish_nothing(tmp_path: Path) -> None:
+    config = GsuConfig(k=20, index=TwoStepConfig(heavy=100, listed=20, lists=50, probe=1))
+    stage = random_stage(tmp_path, config=config, two_step="ivf", min_recall=0.99)
+    with pytest.raises(GateError, match="less than --min-recall"):
+        run(stage, tmp_path / "gsu", RunOptions(workers=1))
+    assert not (tmp_path / "gsu").exists()
+
+
+def test_two_steps_with_everything_listed_are_exact(tmp_path: Path) -> None:
+    config = GsuConfig(k=10, index=TwoStepConfig(heavy=100, listed=600, lists=4, probe=4))
+    stage = random_stage(tmp_path, config=config)
+    exact = rows_of(stage, tmp_path / "exact")
+    assert rows_of(replace(stage, two_step="ivf", min_recall=1.0), tmp_path / "two").equals(exact)
