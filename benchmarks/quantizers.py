@@ -193,9 +193,9 @@ def make(kind: str, sizes: tuple[int, ...], rows: int) -> Any:
 
         return LucidrainsRVQ(sizes, epochs=epochs(RQVAE_STEPS))
 
-    vae = RQVAEConfig(sizes=sizes, train=RQVAETraining(epochs=epochs(RQVAE_STEPS)))
-    plus = RKMeansPlusConfig(sizes=sizes, train=RKMeansPlusTraining(epochs=epochs(PLUS_STEPS), lr=3e-4))
-    fsq = FSQConfig(sizes=sizes[:-1], train=RQVAETraining(epochs=epochs(FSQ_STEPS)))
+    vae = RQVAEConfig(sizes=sizes, train=RQVAETraining(steps=RQVAE_STEPS))
+    plus = RKMeansPlusConfig(sizes=sizes, train=RKMeansPlusTraining(steps=PLUS_STEPS))
+    fsq = FSQConfig(sizes=sizes[:-1], train=RQVAETraining(steps=FSQ_STEPS))
     makers: dict[str, Callable[[], Any]] = {
         "RQ-KMeans": lambda: RKMeans(sizes=sizes),
         "RQ-KMeans, beam 5": lambda: RKMeans(sizes=sizes, beam=5),

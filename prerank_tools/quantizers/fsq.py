@@ -31,7 +31,7 @@ class FSQConfig(BaseModel):
     sizes: tuple[int, ...] = (256, 256)
     digits: tuple[int, ...] = (2,) * 8
     hidden: int = Field(default=256, ge=1)
-    train: RQVAETraining = RQVAETraining(epochs=20)
+    train: RQVAETraining = RQVAETraining(steps=400)
 
 
 class FSQNet(nn.Module):

@@ -16,11 +16,12 @@ from torch import nn
 from prerank_tools.quantizers.assign import assign, decode
 from prerank_tools.quantizers.codebook import Codebook
 from prerank_tools.quantizers.rkmeans import POINTS_PER_CODE, RKMeans
-from prerank_tools.quantizers.rqvae_net import RQVAEConfig, RQVAENet
+from prerank_tools.quantizers.rqvae_net import RQVAEConfig, RQVAENet, RQVAETraining
 from prerank_tools.training.batches import ShuffledRows
-from prerank_tools.training.loop import TrainConfig, train
+from prerank_tools.training.loop import train
 
 BLOCK = 8_192  # rows encoded at once
+EPOCH_STEPS = 50  # a checkpoint after every few batches would cost more than the batches
 
 
 @dataclass
@@ -136,7 +137,7 @@ def fit_net(
     net: nn.Module,
     x: torch.Tensor,
     *,
-    config: TrainConfig,
+    config: RQVAETraining,
     seed: int,
     device: str,
     folder: Path | None,
@@ -147,10 +148,21 @@ def fit_net(
         with tempfile.TemporaryDirectory() as scratch:
             fit_net(net, x, config=config, seed=seed, device=device, folder=Path(scratch), log=log)
         return
-    batches = ShuffledRows(len(x), lambda rows: x[torch.from_numpy(rows)], config.batch_size, seed)
-    settings = config.model_copy(update={"seed": seed})
+    passes, epochs = _length(-(-len(x) // config.batch_size), config)
+    batches = ShuffledRows(
+        passes * len(x), lambda rows: x[torch.from_numpy(rows % len(x))], config.batch_size, seed
+    )
+    settings = config.model_copy(update={"seed": seed, "epochs": epochs})
     train(net, batches, config=settings, folder=folder, device=device, log=log)
     net.cpu().eval()
+
+
+def _length(batches: int, config: RQVAETraining) -> tuple[int, int]:
+    """(passes over the rows in an epoch, epochs)."""
+    if "epochs" in config.model_fields_set:
+        return 1, config.epochs
+    passes = -(-EPOCH_STEPS // batches)
+    return passes, -(-config.steps // (passes * batches))
 
 
 def _config_of(codebook: Codebook) -> RQVAEConfig:

@@ -17,9 +17,13 @@ from prerank_tools.training.loop import TrainConfig
 
 
 class RQVAETraining(TrainConfig):
-    """How long and how fast (ours: LC-Rec takes 10,000 epochs)."""
+    """How long and how fast (ours: LC-Rec takes 10,000 epochs).
 
-    epochs: int = Field(default=50, ge=1)
+    Where `epochs` is not set, training takes `steps` whatever the size of the catalogue, and an epoch, the
+    time between checkpoints, at least 50 of them.
+    """
+
+    steps: int = Field(default=600, ge=1)
     batch_size: int = Field(default=1_024, ge=1)
     weight_decay: float = Field(default=1e-4, ge=0)
     schedule: Literal["constant", "linear", "cosine"] = "cosine"

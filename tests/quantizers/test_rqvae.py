@@ -11,7 +11,7 @@ import torch
 from prerank_tools.quantizers.codebook import load_quantizer
 from prerank_tools.quantizers.rkmeans import RKMeans
 from prerank_tools.quantizers.rkmeans_plus import RKMeansPlus, RKMeansPlusConfig
-from prerank_tools.quantizers.rqvae import RQVAE
+from prerank_tools.quantizers.rqvae import RQVAE, _length
 from prerank_tools.quantizers.rqvae_net import ResidualCodebooks, RQVAEConfig, RQVAENet, RQVAETraining, rotate
 from prerank_tools.quantizers.sid_metrics import Reconstruction, SidCounts
 
@@ -154,11 +154,19 @@ def test_the_same_seed_trains_the_same_codebook() -> None:
     assert one == two
 
 
+def test_training_takes_its_steps_whatever_the_rows() -> None:
+    config = RQVAETraining(steps=120, batch_size=100)
+    assert _length(1, config) == (50, 3)
+    assert _length(30, config) == (2, 2)
+    assert _length(1_000, config) == (1, 1)
+    assert _length(30, RQVAETraining(epochs=7)) == (1, 7)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(20))
 def test_no_level_collapses_in_any_seed(seed: int) -> None:
     x = topics(seed, rows=6_000, width=48)
-    train = RQVAETraining(epochs=15, batch_size=512, lr=1e-3, weight_decay=1e-4, schedule="cosine")
+    train = RQVAETraining(steps=200, batch_size=512, lr=1e-3, weight_decay=1e-4, schedule="cosine")
     fitted = RQVAE(RQVAEConfig(sizes=(64, 64, 64), code_dim=16, hidden=(64,), train=train))
     codes = fitted.fit(x, seed=seed, threads=2).encode(x)
     counts = SidCounts(fitted.sizes)
