@@ -98,7 +98,7 @@ def _needed_items(
         named.append(frame["query_item_id"].drop_nulls())
     if "hard_negatives" in frame.columns:
         named.append(frame["hard_negatives"].explode().drop_nulls())
-    kind = items.schema["item_id"]
+    kind = items.scan(["item_id"]).collect_schema()["item_id"]  # integers are read as int64
     if named[0].dtype != kind:
         raise ContractError(
             f"item_id is {named[0].dtype} in the pairs and {kind} in the items", "write both with one type"

@@ -147,6 +147,20 @@ def test_pairs_meet_their_items(tmp_path: Path) -> None:
     assert pairs.category_C[pairs.item_P[0]] == pairs.category_C[pairs.item_P[1]]
 
 
+def test_ids_of_any_integer_type_meet(tmp_path: Path) -> None:
+    pairs, items = tables(tmp_path, {"query_text": ["hat"], "item_id": [10]})
+    pl.read_parquet(items).with_columns(pl.col("item_id").cast(pl.Int32)).write_parquet(items)
+    found = read_pairs(
+        open_table(pairs, "pairs"),
+        open_table(items, "items"),
+        template="{title}",
+        images=False,
+        root=tmp_path,
+        max_bytes=9,
+    )
+    assert len(found.pairs) == 1
+
+
 def test_an_image_title_pair_hides_the_title_of_its_item(tmp_path: Path) -> None:
     found = read(
         tmp_path, {"query_text": ["hat", "hat"], "item_id": [10, 11], "kind": ["image_title", "search"]}
