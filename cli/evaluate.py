@@ -45,6 +45,29 @@ def embeddings(
 
 @report_command(
     app,
+    "gsu",
+    examples=(
+        "prerank eval gsu gsu/ --requests r.parquet",
+        "prerank eval gsu gsu_ivf/ --against gsu/ --json",
+    ),
+)
+def gsu(
+    gsu: Annotated[Path, typer.Argument(help="Top-K rows, from `prerank gsu topk`.")],
+    requests: Annotated[
+        Path | None, typer.Option(help="The requests that were searched: adds AUC and GAUC of their labels.")
+    ] = None,
+    against: Annotated[
+        Path | None, typer.Option(help="An exact search of the same requests: adds recall.")
+    ] = None,
+) -> dict[str, Any]:
+    """Measure what the retrieved cosines tell of the labels, and recall against an exact search."""
+    from prerank_tools.gsu.eval_stage import evaluate_gsu
+
+    return evaluate_gsu(gsu, requests=requests, against=against)
+
+
+@report_command(
+    app,
     "scores",
     examples=(
         "prerank eval scores scores.parquet --requests r.parquet --events e.parquet",
