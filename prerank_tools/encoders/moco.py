@@ -157,7 +157,7 @@ class Scl(nn.Module):
             old_keys, old_items, old_groups = bank.content()
             keys_ND = torch.cat([keys_ND, old_keys.to(keys_ND.dtype)])
             items_N, groups_N = torch.cat([items_N, old_items]), torch.cat([groups_N, old_groups])
-        cosine_BN = query_BD @ keys_ND.T
+        cosine_BN = cosines(query_BD, keys_ND)
         masked_BN = same_content(batch["item_id"], items_N, batch["group"], groups_N)
         loss = info_nce(cosine_BN * self.log_scale.exp(), own_B, masked_BN=masked_BN)
         return loss, cosine_BN.detach().argmax(1) == own_B
@@ -198,6 +198,12 @@ class Scl(nn.Module):
         if self.momentum is not None:
             self.momentum.eval()
         return self
+
+
+def cosines(x_BD: Tensor, y_ND: Tensor) -> Tensor:
+    """Products in fp32 also under autocast: over a small temperature, bf16 would round logits by 0.3."""
+    with torch.autocast(x_BD.device.type, enabled=False):
+        return x_BD.float() @ y_ND.float().T
 
 
 def same_content(items_B: Tensor, items_N: Tensor, groups_B: Tensor, groups_N: Tensor) -> Tensor:

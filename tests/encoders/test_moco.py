@@ -126,6 +126,16 @@ def test_loss_by_hand_with_bank_in_batch_and_both_directions() -> None:
     torch.testing.assert_close(out["loss"], out["nce"] + 0.3 * hinge.mean())
 
 
+def test_logits_stay_fp32_under_autocast() -> None:
+    model, one = toy.scl(bank=0, temperature=0.01, learn_temperature=False), batch([9, 13, 16])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(one)["nce"]
+        query, item = model.encoder(one["query"]).float(), model.encoder(one["item"]).float()
+    logits = query @ item.T * 100
+    expected = (info_nce(logits, torch.arange(3)) + info_nce(logits.T, torch.arange(3))) / 2
+    torch.testing.assert_close(loss, expected)
+
+
 def test_without_a_bank_the_loss_is_in_batch_alone() -> None:
     model = toy.scl(bank=0, symmetric=False, triplet_weight=0)
     one = batch([9, 13, 16])
