@@ -53,7 +53,8 @@ def assign_cpu(x_ND: np.ndarray, codebooks: Sequence[np.ndarray], *, threads: in
 class _Level:
     """One level's constants: `norm_K` is |c|^2, `table_PK` 2 c_j.c per earlier code of the same product.
 
-    The error of a distance is at most ex * bound[0] + xn * bound[1] + bound[2], with the row's `ex` and `xn`.
+    A distance errs by at most ex * bound[0] + |r| * bound[1] + |x| * bound[2] + bound[3], ex being what bf16
+    took from the row and r its residual: tables made with the rounded c leave r alone to meet c - c'.
     """
 
     start: int  # of this level in the flat codebook
@@ -108,13 +109,13 @@ def _group(codebooks: Sequence[np.ndarray], first: int, starts: Sequence[int], b
 
 
 def _level(c_KD: np.ndarray, rounded_KD: np.ndarray, earlier: Sequence[np.ndarray], start: int) -> _Level:
-    """Tables and bound: |2 x.c - 2 x'.c'| <= 2 (|x - x'| |c'| + |x| |c - c'|), plus the sums in float32."""
+    """Tables and bound: |2 r.c - 2 (x'.c' - sum c_j.c')| <= 2 (|x - x'| |c'| + |r| |c - c'|), plus sums."""
     norm_K = np.einsum("kd,kd->k", c_KD, c_KD)
-    table_PK = 2.0 * np.concatenate(earlier) @ c_KD.T if earlier else np.zeros((1, len(c_KD)))
+    table_PK = 2.0 * np.concatenate(earlier) @ rounded_KD.T if earlier else np.zeros((1, len(c_KD)))
     largest = float(np.linalg.norm(rounded_KD, axis=1).max())
     rounding = float(np.linalg.norm(rounded_KD - c_KD, axis=1).max())
     largest_sum = float(norm_K.max()) + len(earlier) * float(np.abs(table_PK).max())
-    bound = [2.02 * largest, 2.02 * rounding + (3 * c_KD.shape[1] + 64) * UNIT * largest]
+    bound = [2.02 * largest, 2.02 * rounding, (3 * c_KD.shape[1] + 64) * UNIT * largest]
     bound.append(8 * (len(earlier) + 4) * UNIT * largest_sum + 1e-30)
     return _Level(start, norm_K.astype(np.float32), table_PK.astype(np.float32), np.array(bound, np.float32))
 
@@ -126,7 +127,8 @@ def _assign_block(
     picked_nL = np.zeros((len(x_nD), len(codebooks)), dtype=np.int32)  # rows of the flat codebook
     unsure_n = np.zeros(len(x_nD), dtype=np.bool_)
     for group in plan.groups:
-        norms_n3 = round_rows(x_nD, group.shift_D, plan.flat_MD, picked_nL[:, : group.first], operand_nD)
+        shift = group.shift_D, np.float32(np.linalg.norm(group.shift_D) * 1.001)
+        norms_n3 = round_rows(x_nD, *shift, plan.flat_MD, picked_nL[:, : group.first], operand_nD)
         product_nM = space.ravel()[: len(x_nD) * group.weight_DM.shape[1]].reshape(len(x_nD), -1)
         _product(operand_nD, group.weight_DM, product_nM)
         at = 0

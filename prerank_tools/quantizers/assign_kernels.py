@@ -67,7 +67,12 @@ def _widen(typingctx: Any, value: Any) -> Any:
 
 @_jit
 def round_rows(
-    x_nD: np.ndarray, shift_D: np.ndarray, flat_MD: np.ndarray, picked_nL: np.ndarray, operand_nD: np.ndarray
+    x_nD: np.ndarray,
+    shift_D: np.ndarray,
+    shift_norm: float,
+    flat_MD: np.ndarray,
+    picked_nL: np.ndarray,
+    operand_nD: np.ndarray,
 ) -> np.ndarray:
     """Write x - shift - picked codes into `operand_nD` (bf16 bits or float32).
 
@@ -75,50 +80,57 @@ def round_rows(
     """
     n, dims = x_nD.shape
     norms_n3 = np.empty((n, 3), dtype=np.float32)
-    t_D = np.empty(dims, dtype=np.float32)
     narrow = operand_nD.itemsize == 2
+    t_nD = np.empty((1, dims), dtype=np.float32)
     for row in range(n):
-        residual = picked_nL.shape[1] > 0
-        slack = np.float32(0.0)
-        if residual:
-            slack = _residual32(x_nD[row], flat_MD, picked_nL[row], t_D)
+        if picked_nL.shape[1] > 0:
+            _residual32(x_nD, flat_MD, picked_nL, row, t_nD)
+            error, norm = _round_row(t_nD, 0, shift_D, operand_nD, row, narrow)
         else:
-            t_D[:] = x_nD[row]
-        error = np.float32(0.0)
-        norm = np.float32(0.0)
-        full = np.float32(0.0)
-        for d in range(dims):
-            value = t_D[d] - shift_D[d]
-            kept = value
-            if narrow:
-                bits = _bits(value)
-                bits = (bits + np.int32(0x7FFF) + ((bits >> np.int32(16)) & np.int32(1))) & np.int32(-65536)
-                kept = _float(bits)
-                operand_nD[row, d] = (bits >> np.int32(16)) & np.int32(0xFFFF)
-            else:
-                operand_nD[row, d] = value
-            error += (value - kept) * (value - kept)
-            norm += kept * kept
-            full += value * value + shift_D[d] * shift_D[d]
-        # float32 subtraction loses at most UNIT of each operand; the sums above at most 1e-4 of themselves.
-        lost = UNIT * np.float32(4.0) * np.sqrt(full) + slack
+            error, norm = _round_row(x_nD, row, shift_D, operand_nD, row, narrow)
+        # float32 loses at most UNIT of each operand of the subtraction, and 1e-4 of the sums.
+        length = np.sqrt(norm) * np.float32(1.001) + np.sqrt(error)
+        lost = np.float32(8.0) * UNIT * (length + np.float32(2.0) * shift_norm)
         norms_n3[row, 0] = np.sqrt(error) * np.float32(1.001) + lost
-        norms_n3[row, 1] = np.sqrt(norm) * np.float32(1.001) + norms_n3[row, 0]
+        norms_n3[row, 1] = length + lost
         norms_n3[row, 2] = norms_n3[row, 1] * norms_n3[row, 1]
     return norms_n3
 
 
 @_jit
-def _residual32(x_D: np.ndarray, flat_MD: np.ndarray, picked_L: np.ndarray, t_D: np.ndarray) -> Any:
-    """x minus the picked codes into `t_D`; returns a bound on the norm of its rounding."""
-    largest = np.float32(0.0)
-    for d in range(len(x_D)):
-        value = np.float64(x_D[d])
-        for level in range(len(picked_L)):
-            value -= np.float64(flat_MD[picked_L[level], d])
-        t_D[d] = np.float32(value)
-        largest += t_D[d] * t_D[d]
-    return np.sqrt(largest) * UNIT * np.float32(2.0)
+def _round_row(
+    t_nD: np.ndarray, at: int, shift_D: np.ndarray, operand_nD: np.ndarray, row: int, narrow: bool
+) -> Any:
+    """Write one row's operand; returns the squared norms of what rounding took and of what it left."""
+    error = np.float32(0.0)
+    norm = np.float32(0.0)
+    if not narrow:
+        for d in range(len(shift_D)):
+            value = t_nD[at, d] - shift_D[d]
+            operand_nD[row, d] = value
+            norm += value * value
+        return error, norm
+    for d in range(len(shift_D)):
+        value = t_nD[at, d] - shift_D[d]
+        bits = _bits(value)
+        bits = (bits + np.int32(0x7FFF) + ((bits >> np.int32(16)) & np.int32(1))) & np.int32(-65536)
+        kept = _float(bits)
+        operand_nD[row, d] = (bits >> np.int32(16)) & np.int32(0xFFFF)
+        error += (value - kept) * (value - kept)
+        norm += kept * kept
+    return error, norm
+
+
+@_jit
+def _residual32(
+    x_nD: np.ndarray, flat_MD: np.ndarray, picked_nL: np.ndarray, row: int, t_nD: np.ndarray
+) -> None:
+    """x minus the picked codes, rounded once."""
+    for d in range(x_nD.shape[1]):
+        value = np.float64(x_nD[row, d])
+        for level in range(picked_nL.shape[1]):
+            value -= np.float64(flat_MD[picked_nL[row, level], d])
+        t_nD[0, d] = np.float32(value)
 
 
 @_jit
@@ -144,50 +156,42 @@ def settle_level(
     residual's squared length, goes to the next. A row is `unsure_n` when float64 cannot part its best two.
     """
     size = len(norm_K)
+    codebook_KD = flat_MD[start : start + size]
     low_K = np.empty(size, dtype=np.float32)
     r_D = np.empty(x_nD.shape[1], dtype=np.float64)
     for row in range(len(product_nM)):
-        picked_L = picked_nL[row]
-        margin = norms_n3[row, 0] * bound[0] + norms_n3[row, 1] * bound[1] + bound[2]
-        margin += np.float32(16.0) * UNIT * norms_n3[row, 2]
-        offset = norms_n3[row, 2] + margin  # keeps every sum positive, so that its bits are ordered
-        product_K = product_nM[row][column : column + size]
-        before = picked_L[first : first + depth]
-        least = _lower_bounds(product_K, norm_K, offset, table_PK, before, table_start, low_K)
+        square = norms_n3[row, 2]
+        margin = norms_n3[row, 0] * bound[0] + np.sqrt(square) * bound[1] + norms_n3[row, 1] * bound[2]
+        margin += bound[3] + np.float32(16.0) * UNIT * square
+        offset = square + margin  # keeps every sum positive, so that its bits are ordered
+        for k in range(size):
+            low_K[k] = norm_K[k] + offset
+        for level in range(first, first + depth):
+            table_K = table_PK[picked_nL[row, level] - table_start]
+            for k in range(size):
+                low_K[k] += table_K[k]
+        product_K = product_nM[row, column : column + size]
+        least = _lower_bounds(product_K, low_K)
         limit = _bits(_float(least) + np.float32(2.0) * margin)
         count, code, last = _candidates(low_K, limit)
         if count > 1:
-            _residual64(x_nD[row], flat_MD, picked_L[: first + depth], r_D)
-            scale = np.float64(norms_n3[row, 2]) + np.float64(norm_K[code])
-            code, gap, best = _measure(r_D, flat_MD[start : start + size], low_K, limit, code, last)
+            _residual64(x_nD, flat_MD, picked_nL, row, first + depth, r_D)
+            scale = np.float64(square) + np.float64(norm_K[code])
+            step = last - code if count == 2 else np.int32(1)
+            code, gap, best = _measure(r_D, codebook_KD, low_K, limit, code, last, step)
             unsure_n[row] |= gap <= COARSE_TIE * (scale + best)
         picked_nL[row, first + depth] = start + code
-        # The rounding of a bf16 product was taken off the lower bound once; an upper bound has it twice.
+        # A bf16 product's own rounding was taken off the lower bound; an upper bound has it twice.
         slack = np.float32(2.0) * _rounding(product_nM) * abs(_widen(product_K[code]))
         norms_n3[row, 2] = max(low_K[code], np.float32(0.0)) + slack
 
 
 @_jit
-def _lower_bounds(
-    product_K: np.ndarray,
-    norm_K: np.ndarray,
-    offset: float,
-    table_PK: np.ndarray,
-    before: np.ndarray,
-    table_start: int,
-    low_K: np.ndarray,
-) -> Any:
-    """Fill `low_K` with distances less the product's rounding; returns the bits of the least upper bound."""
-    size = len(low_K)
-    for k in range(size):
-        low_K[k] = norm_K[k] + offset
-    for level in range(len(before)):
-        table_K = table_PK[before[level] - table_start]
-        for k in range(size):
-            low_K[k] += table_K[k]
+def _lower_bounds(product_K: np.ndarray, low_K: np.ndarray) -> Any:
+    """Add the product, less its own rounding; returns the bits of the least upper bound."""
     output = _rounding(product_K)
     least = np.int32(0x7F7FFFFF)
-    for k in range(size):
+    for k in range(len(low_K)):
         product = _widen(product_K[k])
         distance = product + low_K[k]
         slip = abs(product) * output
@@ -212,47 +216,40 @@ def _candidates(low_K: np.ndarray, limit: int) -> Any:
 
 
 @_jit
-def _residual64(x_D: np.ndarray, flat_MD: np.ndarray, picked_L: np.ndarray, r_D: np.ndarray) -> None:
+def _residual64(
+    x_nD: np.ndarray, flat_MD: np.ndarray, picked_nL: np.ndarray, row: int, levels: int, r_D: np.ndarray
+) -> None:
+    x_D = x_nD[row]
     for d in range(len(r_D)):
         r_D[d] = x_D[d]
-    for level in range(len(picked_L)):
-        c_D = flat_MD[picked_L[level]]
+    for level in range(levels):
+        c_D = flat_MD[picked_nL[row, level]]
         for d in range(len(r_D)):
             r_D[d] -= c_D[d]
 
 
 @_jit
 def _measure(
-    r_D: np.ndarray,
-    codebook_KD: np.ndarray,
-    low_K: np.ndarray,
-    limit: np.int32,
-    first: np.int32,
-    last: np.int32,
+    r_D: np.ndarray, codebook_KD: np.ndarray, low_K: np.ndarray, limit: int, first: int, last: int, step: int
 ) -> Any:
     """(nearest candidate, its lead over the second, its squared distance), in float64."""
     code = first
     best = np.inf
     second = np.inf
-    for k in range(first, last + 1):
+    for k in range(first, last + 1, step):
         if _bits(low_K[k]) <= limit:
-            distance = _distance(r_D, codebook_KD[k])
+            c_D = codebook_KD[k]
+            distance = 0.0
+            for d in range(len(r_D)):
+                difference = r_D[d] - np.float64(c_D[d])
+                distance += difference * difference
             if distance < best:
                 second = best
                 best = distance
-                code = np.int32(k)
+                code = k
             elif distance < second:
                 second = distance
     return code, second - best, best
-
-
-@_jit
-def _distance(r_D: np.ndarray, c_D: np.ndarray) -> Any:
-    total = 0.0
-    for d in range(len(r_D)):
-        difference = r_D[d] - np.float64(c_D[d])
-        total += difference * difference
-    return total
 
 
 @_jit

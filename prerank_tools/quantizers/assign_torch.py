@@ -28,6 +28,7 @@ class Levels:
     """
 
     exact: tuple[torch.Tensor, ...]  # L of (K_l, D) float64, unscaled
+    plain_LKD: torch.Tensor  # the same in float32, padded to one size
     scale: float
     half_LKD: torch.Tensor  # float16 of -2 c; codes that a smaller level lacks are zeros
     norm_LK: torch.Tensor  # float32 |c|^2
@@ -53,14 +54,29 @@ class Rows:
 
     half_nD: torch.Tensor  # float16 operand
     lost_n: torch.Tensor | None  # bound on what float16 took from it; None where nothing
-    length_n: torch.Tensor  # bound on its norm
-    square_n: torch.Tensor  # bound on the squared norm of the residual at the level at hand
+    length_n: torch.Tensor  # bound on its norm, once `measured`
+    square_n: torch.Tensor  # bound on the squared norm of the residual at the level at hand, once `measured`
+    guessed: Guessed
+    measured: bool = True
+
+
+@dataclass(frozen=True)
+class Guessed:
+    """Codes by the float16 product alone, and how sure they are.
+
+    Bit l of a doubt: at level l the runner-up may be nearer; bit 16 + l: another code may be.
+    """
+
     codes_nL: torch.Tensor  # int32
-    doubt_n: torch.Tensor  # int32, bit l: at level l another code may be nearer
+    runner_nL: torch.Tensor  # int32
+    doubt_n: torch.Tensor  # int32
 
 
+MANY = 16  # offset of the doubt bits that say that more than two codes are near
 # Finds one level's codes and doubts from `rows`, whose operand stands for the residual before level `first`.
 Nearest = Callable[[Rows, Levels, int, int], None]
+# Tells code and runner-up apart in float64 at one level, for the given rows.
+Verify = Callable[[torch.Tensor, torch.Tensor, Guessed, Levels, int], None]
 
 
 def assign_torch(x_ND: np.ndarray, codebooks: Sequence[np.ndarray], *, device: str = "cuda") -> np.ndarray:
@@ -75,9 +91,9 @@ def assign_torch(x_ND: np.ndarray, codebooks: Sequence[np.ndarray], *, device: s
 
 def assign_on_device(x_nD: torch.Tensor, levels: Levels, *, nearest: Nearest | None = None) -> torch.Tensor:
     """Codes (n, L) int32 of vectors that lie on the device, in any float type or int8."""
-    codes_nL, doubt_n = guess(x_nD, levels, nearest or best_nearest(levels))
-    settle(x_nD, codes_nL, doubt_n, levels)
-    return codes_nL
+    guessed = guess(x_nD, levels, nearest or best_nearest(levels))
+    settle(x_nD, guessed, levels)
+    return guessed.codes_nL
 
 
 def put_levels(codebooks: Sequence[np.ndarray], device: str) -> Levels:
@@ -93,11 +109,14 @@ def put_levels(codebooks: Sequence[np.ndarray], device: str) -> Levels:
     for level, c_KD in enumerate(exact):
         half_LKD[level, : len(c_KD)] = (-2.0 * scale * c_KD).half()
         norm_LK[level, : len(c_KD)] = (scale * c_KD).square().sum(1).float()
+    plain_LKD = torch.zeros(count, size, dims, device=device)
+    for level, c_KD in enumerate(exact):
+        plain_LKD[level, : len(c_KD)] = c_KD.float()
     rounded = [half_LKD[level, : len(c_KD)].double() / -2.0 for level, c_KD in enumerate(exact)]
     error = [float((c - scale * e).norm(dim=1).max()) for c, e in zip(rounded, exact, strict=True)]
     table = _tables(exact, rounded, scale, size) if size <= TABLE_CODES else torch.zeros(0, device=device)
     largest = tuple(float(c_KD.norm(dim=1).max()) for c_KD in rounded)
-    return Levels(exact, scale, half_LKD, norm_LK, table, tuple(error), largest)
+    return Levels(exact, plain_LKD, scale, half_LKD, norm_LK, table, tuple(error), largest)
 
 
 def _tables(
@@ -111,98 +130,168 @@ def _tables(
     return table
 
 
-def guess(x_nD: torch.Tensor, levels: Levels, nearest: Nearest) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes by the float16 product alone (n, L) int32, and in bit l of (n,) int32 a doubt about level l."""
-    codes_nL = torch.zeros(len(x_nD), levels.shape[0], dtype=torch.int32, device=x_nD.device)
-    doubt_n = torch.zeros(len(x_nD), dtype=torch.int32, device=x_nD.device)
-    rows = _rows(x_nD, levels, codes_nL, doubt_n, 0)
+def guess(x_nD: torch.Tensor, levels: Levels, nearest: Nearest) -> Guessed:
+    """Every level's code by the float16 product alone, with its runner-up and doubts."""
+    space = torch.zeros(2, len(x_nD), levels.shape[0], dtype=torch.int32, device=x_nD.device)
+    guessed = Guessed(space[0], space[1], torch.zeros(len(x_nD), dtype=torch.int32, device=x_nD.device))
+    rows = _rows(x_nD, levels, guessed, 0)
     for level in range(levels.shape[0]):
         if levels.wide and level:
-            rows = _rows(x_nD, levels, codes_nL, doubt_n, level)
+            rows = _rows(x_nD, levels, guessed, level)
         nearest(rows, levels, level, level if levels.wide else 0)
-    return codes_nL, doubt_n
+    return guessed
 
 
-def _rows(
-    x_nD: torch.Tensor, levels: Levels, codes_nL: torch.Tensor, doubt_n: torch.Tensor, level: int
-) -> Rows:
+def _rows(x_nD: torch.Tensor, levels: Levels, guessed: Guessed, level: int) -> Rows:
     """The operand of a level: x, or what the levels above it left of x."""
     if x_nD.dtype in (torch.float16, torch.int8) and level == 0 and levels.scale == 1.0:
-        half_nD = x_nD.half()
-        length_n = torch.linalg.vector_norm(half_nD, dim=1, dtype=torch.float32)
-        lost_n = None
-    else:
-        r_nD = x_nD.float() * levels.scale
-        for earlier in range(level):
-            r_nD -= (levels.exact[earlier] * levels.scale).float()[codes_nL[:, earlier].long()]
-        half_nD = r_nD.half()
-        length_n = torch.linalg.vector_norm(r_nD, dim=1)
-        lost_n = torch.linalg.vector_norm(r_nD - half_nD.float(), dim=1) * 1.001
-        lost_n += 2.0**-22 * (level + 1) * (length_n + sum(levels.largest[:level]))
-    length_n = length_n * 1.001 + (0.0 if lost_n is None else lost_n)
-    return Rows(half_nD, lost_n, length_n, length_n.square(), codes_nL, doubt_n)
+        space = torch.empty(2, len(x_nD), device=x_nD.device)
+        rows = Rows(x_nD.half(), None, space[0], space[1], guessed, measured=False)
+        if levels.wide:
+            measure(rows)
+        return rows
+    if _has_kernels(levels):
+        from prerank_tools.quantizers.assign_triton import residual_triton
+
+        return residual_triton(x_nD, guessed, levels, level)
+    r_nD = x_nD.float() * levels.scale
+    for earlier in range(level):
+        at_n = guessed.codes_nL[:, earlier].long()
+        r_nD -= levels.plain_LKD[earlier][at_n] * levels.scale
+    half_nD = r_nD.half()
+    length_n = torch.linalg.vector_norm(r_nD, dim=1)
+    lost_n = torch.linalg.vector_norm(r_nD - half_nD.float(), dim=1) * 1.001
+    lost_n += 2.0**-22 * (level + 1) * (length_n + sum(levels.largest[:level]))
+    length_n = length_n * 1.001 + lost_n
+    return Rows(half_nD, lost_n, length_n, length_n.square(), guessed)
+
+
+def measure(rows: Rows) -> None:
+    """Fill in the lengths, where the kernel of a level does not do so on its way."""
+    rows.length_n.copy_(torch.linalg.vector_norm(rows.half_nD, dim=1, dtype=torch.float32) * 1.001)
+    rows.square_n.copy_(rows.length_n.square())
+    rows.measured = True
 
 
 def bounds(level: int, levels: Levels) -> tuple[float, float, float]:
     """(a, b, c): a score errs by at most a |r| + b |x| + c |lost|.
 
-    Rounded codes meet the residual r; sums run over D + L float32 terms of size |x| |c|, which tensor cores
-    may truncate, hence 2^-22 a term; what float16 took from x meets the codes.
+    Rounded codes meet the residual r. Products of float16 are exact in float32; their D sums lose 2^-24 each,
+    or 2^-23 each where a tensor core truncates, which adds at least four products at a time. What float16
+    took from x meets the codes.
     """
-    sums = (levels.shape[2] + 64) * 2.0**-22
+    sums = (levels.shape[2] / 2 + 64) * 2.0**-23
     largest = levels.largest[level]
     return 2.02 * levels.rounding[level], 2.02 * sums * largest, 2.02 * largest
 
 
 def best_nearest(levels: Levels) -> Nearest:
     """The fused kernel where Triton can run it, else plain torch."""
-    if levels.half_LKD.is_cuda and importlib.util.find_spec("triton") is not None:
+    if _has_kernels(levels):
         from prerank_tools.quantizers.assign_triton import nearest_triton
 
         return nearest_triton
     return nearest_torch
 
 
+def _has_kernels(levels: Levels) -> bool:
+    return levels.half_LKD.is_cuda and importlib.util.find_spec("triton") is not None
+
+
 def nearest_torch(rows: Rows, levels: Levels, level: int, first: int) -> None:
-    """One level without a kernel: scores in memory, their two least."""
-    size = levels.shape[1]
+    """One level without a kernel: scores in memory, their three least."""
+    if not rows.measured:
+        measure(rows)
+    step = max(1, SCORE_CELLS // levels.shape[1])
+    for start in range(0, len(rows.half_nD), step):
+        _nearest_block(rows, slice(start, start + step), levels, level, first)
+
+
+def _nearest_block(rows: Rows, at: slice, levels: Levels, level: int, first: int) -> None:
+    guessed = rows.guessed
+    score_nK = levels.norm_LK[level] + rows.half_nD[at].float() @ levels.half_LKD[level].float().T
+    for earlier in range(first, level):
+        score_nK += levels.table_LLKK[level, earlier][guessed.codes_nL[at, earlier].long()]
+    three_n3, code_n3 = score_nK.topk(3, largest=False)
     a, b, c = bounds(level, levels)
-    for start in range(0, len(rows.half_nD), max(1, SCORE_CELLS // size)):
-        at = slice(start, start + max(1, SCORE_CELLS // size))
-        score_nK = levels.norm_LK[level] + rows.half_nD[at].float() @ levels.half_LKD[level].float().T
-        for earlier in range(first, level):
-            score_nK += levels.table_LLKK[level, earlier][rows.codes_nL[at, earlier].long()]
-        two_n2, code_n2 = score_nK.topk(2, largest=False)
-        error_n = a * rows.square_n[at].sqrt() + b * rows.length_n[at] + 1e-12
-        if rows.lost_n is not None:
-            error_n += c * rows.lost_n[at]
-        rows.codes_nL[at, level] = code_n2[:, 0].int()
-        # Written so that NaN, from rows beyond the range of float16, is a doubt.
-        rows.doubt_n[at] |= (~(two_n2[:, 1] - two_n2[:, 0] > 2.0 * error_n)).int() << level
-        rows.square_n[at] = (rows.square_n[at] * (1 + 2.0**-20) + two_n2[:, 0] + error_n).clamp(min=0.0)
+    error_n = a * rows.square_n[at].sqrt() + b * rows.length_n[at] + 1e-12
+    if rows.lost_n is not None:
+        error_n += c * rows.lost_n[at]
+    guessed.codes_nL[at, level], guessed.runner_nL[at, level] = code_n3[:, 0].int(), code_n3[:, 1].int()
+    # Written so that NaN, from rows beyond the range of float16, is a doubt.
+    near_n2 = (~(three_n3[:, 1:] - three_n3[:, :1] > 2.0 * error_n[:, None])).int()
+    guessed.doubt_n[at] |= near_n2[:, 0] << level | near_n2[:, 1] << (level + MANY)
+    rows.square_n[at] = (rows.square_n[at] * (1 + 2.0**-20) + three_n3[:, 0] + error_n).clamp(min=0.0)
 
 
-def settle(x_nD: torch.Tensor, codes_nL: torch.Tensor, doubt_n: torch.Tensor, levels: Levels) -> int:
+def settle(x_nD: torch.Tensor, guessed: Guessed, levels: Levels, *, verify: Verify | None = None) -> int:
     """Measure rows in doubt in float64 and correct their codes in place; returns how many needed the CPU.
 
-    A corrected code changes the residual, so the levels below are then in doubt as well.
+    Two codes are told apart by one dot product; among more, all are measured. A corrected code changes the
+    residual, so the levels below are then open as well.
     """
-    unsure_n = torch.zeros_like(doubt_n, dtype=torch.bool)
-    for level in range(codes_nL.shape[1]):
-        for at_r in (doubt_n >> level & 1).nonzero()[:, 0].split(DOUBT_BLOCK):
+    verify = verify or best_verify(levels)
+    unsure_n = torch.zeros_like(guessed.doubt_n, dtype=torch.bool)
+    for level in range(levels.shape[0]):
+        both_n = guessed.doubt_n >> level & (1 | 1 << MANY)
+        two_r = (both_n == 1).nonzero()[:, 0]
+        if len(two_r):
+            verify(x_nD, two_r, guessed, levels, level)
+        for at_r in (guessed.doubt_n >> (level + MANY) & 1).nonzero()[:, 0].split(DOUBT_BLOCK):
             r_rD = x_nD[at_r].double()
             for earlier in range(level):
-                r_rD -= levels.exact[earlier][codes_nL[at_r, earlier].long()]
+                r_rD -= levels.exact[earlier][guessed.codes_nL[at_r, earlier].long()]
             code_r, close_r = _nearest64(r_rD, levels.exact[level])
-            doubt_n[at_r] |= (code_r != codes_nL[at_r, level]).int() * (-1 << (level + 1))
-            codes_nL[at_r, level] = code_r
+            moved_r = (code_r != guessed.codes_nL[at_r, level]).int()
+            guessed.doubt_n[at_r] |= moved_r * _below(level)
+            guessed.codes_nL[at_r, level] = code_r
             unsure_n[at_r] |= close_r
     rows_R = unsure_n.nonzero()[:, 0]
     if len(rows_R):
         codebooks = [c_KD.float().cpu().numpy() for c_KD in levels.exact]
         settled_RL = assign_exact(x_nD[rows_R].float().cpu().numpy(), codebooks)
-        codes_nL[rows_R] = torch.from_numpy(settled_RL.astype(np.int32)).to(codes_nL.device)
+        guessed.codes_nL[rows_R] = torch.from_numpy(settled_RL.astype(np.int32)).to(x_nD.device)
     return len(rows_R)
+
+
+def _below(level: int) -> int:
+    """Doubt bits that leave every level below open to all codes."""
+    return (0x7FFF >> (level + 1) << (level + 1)) << MANY
+
+
+def best_verify(levels: Levels) -> Verify:
+    """The kernel where Triton can run it, else plain torch."""
+    if _has_kernels(levels):
+        from prerank_tools.quantizers.assign_triton import verify_triton
+
+        return verify_triton
+    return verify_torch
+
+
+def verify_torch(
+    x_nD: torch.Tensor, at_r: torch.Tensor, guessed: Guessed, levels: Levels, level: int
+) -> None:
+    """Code or runner-up: the sign of |r - a|^2 - |r - b|^2 in float64; what is too close stays open."""
+    for at in at_r.split(DOUBT_BLOCK):
+        r_rD = x_nD[at].double()
+        for earlier in range(level):
+            r_rD -= levels.exact[earlier][guessed.codes_nL[at, earlier].long()]
+        a_rD = levels.exact[level][guessed.codes_nL[at, level].long()]
+        b_rD = levels.exact[level][guessed.runner_nL[at, level].long()]
+        lead_r = ((a_rD + b_rD - 2.0 * r_rD) * (a_rD - b_rD)).sum(1)
+        scale_r = (r_rD.square() + a_rD.square() + b_rD.square()).sum(1)
+        record_lead(at, lead_r, COARSE_TIE * scale_r, guessed, level)
+
+
+def record_lead(
+    at_r: torch.Tensor, lead_r: torch.Tensor, close_r: torch.Tensor, guessed: Guessed, level: int
+) -> None:
+    """Take the runner-up where it is nearer, and open the levels below; leave open what is too close."""
+    open_r = lead_r.abs() <= close_r
+    swap_r = (lead_r > 0) & ~open_r
+    runner_r = guessed.runner_nL[at_r, level]
+    guessed.codes_nL[at_r, level] = torch.where(swap_r, runner_r, guessed.codes_nL[at_r, level])
+    guessed.doubt_n[at_r] |= open_r.int() << (level + MANY) | swap_r.int() * _below(level)
 
 
 def _nearest64(r_rD: torch.Tensor, c_KD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

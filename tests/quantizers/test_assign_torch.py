@@ -44,13 +44,16 @@ def test_codes_are_exact_and_every_wrong_guess_was_in_doubt(
     x_ND = x_ND.astype(dtype)
     exact_NL = assign_exact(x_ND, codebooks)
     levels, x = gpu.put_levels(codebooks, "cpu"), torch.from_numpy(x_ND)
-    codes_NL, doubt_N = gpu.guess(x, levels, gpu.nearest_torch)
-    wrong_NL = codes_NL.numpy() != exact_NL
+    guessed = gpu.guess(x, levels, gpu.nearest_torch)
+    wrong_NL = guessed.codes_nL.numpy() != exact_NL
     rows = np.flatnonzero(wrong_NL.any(axis=1))
+    first = wrong_NL[rows].argmax(axis=1)
     assert len(rows)
-    assert (doubt_N.numpy()[rows] >> wrong_NL[rows].argmax(axis=1) & 1).all()
-    gpu.settle(x, codes_NL, doubt_N, levels)
-    np.testing.assert_array_equal(codes_NL.numpy(), exact_NL)
+    assert (guessed.doubt_n.numpy()[rows] >> first & 1).all()
+    runner = guessed.runner_nL.numpy()[rows, first] == exact_NL[rows, first]
+    assert (runner | (guessed.doubt_n.numpy()[rows] >> (first + gpu.MANY) & 1).astype(bool)).all()
+    gpu.settle(x, guessed, levels)
+    np.testing.assert_array_equal(guessed.codes_nL.numpy(), exact_NL)
 
 
 def test_rows_beyond_float16_are_settled() -> None:
