@@ -128,3 +128,9 @@ def test_exact_batches_give_one_set_of_bytes(precision: str) -> None:
     subset = encoder(folder, exact=True, precision=precision, token_budget=1024).encode(titles[:7])
     whole = encoder(folder, exact=True, precision=precision, token_budget=1024).encode(titles)
     assert subset.tobytes() == whole[:7].tobytes()
+
+
+def test_a_subset_keeps_its_vectors_without_exact_batches_too() -> None:
+    titles = varied_titles(60)
+    encode = encoder(find_model("minilm"), precision="bf16", token_budget=256).encode
+    assert (encode(titles)[::5] * encode(titles[::5])).sum(1).min() > 0.9999
