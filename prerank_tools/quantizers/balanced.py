@@ -96,13 +96,19 @@ def _balanced(r_ND: np.ndarray, codebook_KD: np.ndarray) -> tuple[np.ndarray, np
 
 
 def _prices(distance_NK: np.ndarray, price_K: np.ndarray) -> np.ndarray:
-    """Raise the price of full codes and lower that of empty ones, in steps that shrink."""
+    """Raise the price of full codes and lower that of empty ones; each step grows until its code overshoots."""
     target = len(distance_NK) / distance_NK.shape[1]
-    spread = float(distance_NK.std())
-    for at in range(STEPS):
-        count_K = np.bincount(
-            (distance_NK + price_K.astype(np.float32)).argmin(axis=1), minlength=len(price_K)
-        )
-        # A bounded step: one huge cluster must not throw its code out of the market.
-        price_K = price_K + 0.1 * spread / (1 + at) ** 0.7 * np.clip(count_K / target - 1.0, -1.0, 1.0)
-    return price_K
+    step_K = np.full(len(price_K), 0.1 * float(distance_NK.std()))
+    before_K = np.zeros(len(price_K))
+    best_K, least = price_K, np.inf
+    for _ in range(STEPS):
+        code_N = (distance_NK + price_K.astype(np.float32)).argmin(axis=1)
+        excess_K = np.bincount(code_N, minlength=len(price_K)) / target - 1.0
+        if (excess_K**2).sum() < least:
+            best_K, least = price_K, float((excess_K**2).sum())
+        # Rprop (Riedmiller and Braun 1993): counts say which way, not how far.
+        turn_K = np.sign(excess_K) * np.sign(before_K)
+        step_K *= np.where(turn_K > 0, 1.2, np.where(turn_K < 0, 0.5, 1.0))
+        price_K = price_K + np.sign(excess_K) * step_K
+        before_K = excess_K
+    return best_K
