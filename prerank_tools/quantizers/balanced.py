@@ -96,7 +96,7 @@ def _balanced(r_ND: np.ndarray, codebook_KD: np.ndarray) -> tuple[np.ndarray, np
 
 
 def _prices(distance_NK: np.ndarray, price_K: np.ndarray) -> np.ndarray:
-    """Raise the price of full codes and lower that of empty ones; each step grows until its code overshoots."""
+    """Raise the price of full codes, lower that of empty ones; a step grows until its code overshoots."""
     target = len(distance_NK) / distance_NK.shape[1]
     step_K = np.full(len(price_K), 0.1 * float(distance_NK.std()))
     before_K = np.zeros(len(price_K))

@@ -8,6 +8,7 @@ import numpy as np
 from prerank_tools.quantizers.sid_keys import group_starts
 
 CHUNK = 65_536
+HASH_CHUNK = 512  # rows whose words stay in the cache
 
 
 def content_groups(content_N: np.ndarray) -> np.ndarray:
@@ -49,13 +50,17 @@ def row_hashes(x_ND: np.ndarray) -> np.ndarray:
         2
     ) + np.uint64(1)
     hash_N = np.empty(len(x_ND), dtype=np.uint64)
-    for start in range(0, len(x_ND), CHUNK):
-        rows = np.ascontiguousarray(x_ND[start : start + CHUNK])
-        padded = np.zeros((len(rows), words * 8), dtype=np.uint8)
-        padded[:, :bytes_per_row] = rows.view(np.uint8).reshape(len(rows), bytes_per_row)
-        word_NW = padded.view(np.uint64)
+    for start in range(0, len(x_ND), HASH_CHUNK):
+        rows = np.ascontiguousarray(x_ND[start : start + HASH_CHUNK])
+        byte_NB = rows.view(np.uint8).reshape(len(rows), bytes_per_row)
+        if bytes_per_row % 8:
+            byte_NB = np.pad(byte_NB, ((0, 0), (0, words * 8 - bytes_per_row)))
+        word_NW = byte_NB.view(np.uint64)
         # Folding the high half down first: floats of round numbers differ in their high bits only.
-        hash_N[start : start + CHUNK] = ((word_NW ^ (word_NW >> np.uint64(29))) * weight_W).sum(axis=1)
+        folded_NW = word_NW >> np.uint64(29)
+        folded_NW ^= word_NW
+        folded_NW *= weight_W
+        hash_N[start : start + HASH_CHUNK] = folded_NW.sum(axis=1)
     return hash_N
 
 
