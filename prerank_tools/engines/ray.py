@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Generator, Sequence
+from pathlib import Path
 from typing import Any
 
 from prerank_tools.errors import PrerankError, RetryError, UsageError
@@ -18,7 +20,7 @@ def map_shards(
     workers: int,
     threads: int,
     gpus: bool = False,
-) -> Iterator[dict[str, Any]]:
+) -> Generator[dict[str, Any], None, None]:
     """Run shards on `workers` actors (a GPU each with `gpus`), largest first; a lost actor's shard moves on.
 
     Joins the cluster that `RAY_ADDRESS` names (`auto` for the one on this host), else starts a private one.
@@ -27,11 +29,11 @@ def map_shards(
     ray = _connect()
     cpus = min(threads, int(ray.cluster_resources().get("CPU", threads)))
     remote = ray.remote(num_cpus=cpus, num_gpus=1 if gpus else 0, max_restarts=0)(_Worker)
-    handed = ray.put(task)
+    handed, folder = ray.put(task), str(Path.cwd())
     waiting = sorted(shards, key=lambda shard: (-shard.rows, shard.index))
     tries = {shard.index: 0 for shard in shards}
     busy: dict[Any, tuple[Any, Shard]] = {}
-    idle = [remote.remote(handed) for _ in range(min(workers, len(waiting)))]
+    idle = [remote.remote(handed, folder) for _ in range(min(workers, len(waiting)))]
     while waiting or busy:
         while waiting and idle:
             actor, shard = idle.pop(), waiting.pop(0)
@@ -48,7 +50,7 @@ def map_shards(
                     "out of memory? run the line again",
                 ) from fault
             waiting.insert(0, shard)
-            idle.append(remote.remote(handed))
+            idle.append(remote.remote(handed, folder))
             continue
         except ray.exceptions.RayTaskError as fault:
             if isinstance(fault.cause, PrerankError):
@@ -59,9 +61,10 @@ def map_shards(
 
 
 class _Worker:
-    """One actor: it keeps its model between shards."""
+    """One actor: it keeps its model between shards and works in the folder where the line was typed."""
 
-    def __init__(self, task: Callable[[Shard], dict[str, Any]]) -> None:
+    def __init__(self, task: Callable[[Shard], dict[str, Any]], folder: str) -> None:
+        os.chdir(folder)
         self.task = task
 
     def run(self, shard: Shard) -> dict[str, Any]:
