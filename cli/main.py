@@ -29,6 +29,9 @@ for single in (score, inspection, demo):
     single.register(app)
 
 
+INTERRUPTED = 130
+
+
 class Terminated(BaseException):
     """SIGTERM: leave through every `finally`, keep the finished shards."""
 
@@ -45,13 +48,12 @@ def call(words: Sequence[str]) -> int:
     try:
         app(list(words), prog_name="prerank")
     except SystemExit as end:
+        if end.code == INTERRUPTED:  # typer makes this of Ctrl-C, without a word
+            console.print_error(PrerankError("interrupted", "run the same line again: finished shards stay"))
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except PrerankError as fault:
         console.print_error(fault)
         return fault.exit_code
-    except KeyboardInterrupt:
-        console.print_error(PrerankError("interrupted", "run the same line again: finished shards stay"))
-        return 130
     except Terminated:
         console.print_error(PrerankError("terminated", "run the same line again: finished shards stay"))
         return 143

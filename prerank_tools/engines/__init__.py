@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 from prerank_tools.errors import UsageError
@@ -14,7 +14,7 @@ Task = Callable[[Shard], dict[str, Any]]
 
 def map_shards(
     task: Task, shards: Sequence[Shard], *, engine: str, workers: int, threads: int, gpus: bool = False
-) -> Iterator[dict[str, Any]]:
+) -> Generator[dict[str, Any], None, None]:
     """Commit records as shards finish, in any order. `task` reads, computes, writes and commits one shard."""
     if engine == "local":
         from prerank_tools.engines import local

@@ -6,8 +6,8 @@ import ctypes
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
@@ -15,11 +15,12 @@ from prerank_tools.errors import RetryError
 from prerank_tools.stage import Shard
 
 PR_SET_PDEATHSIG = 1
+WAKE_SECONDS = 1.0
 
 
 def map_shards(
     task: Callable[[Shard], dict[str, Any]], shards: Sequence[Shard], *, workers: int, threads: int
-) -> Iterator[dict[str, Any]]:
+) -> Generator[dict[str, Any], None, None]:
     """Run shards one after another, or in `workers` processes, largest first.
 
     Raises RetryError where a worker process died (killed, out of memory); finished shards stay.
@@ -33,14 +34,24 @@ def map_shards(
         min(workers, len(shards)), spawn, initializer=_begin_worker, initargs=(spawn.Value("i", 0),)
     )
     try:
-        futures = [pool.submit(task, shard) for shard in sorted(shards, key=lambda s: (-s.rows, s.index))]
-        for future in as_completed(futures):
-            yield future.result()
+        waiting = {pool.submit(task, shard) for shard in sorted(shards, key=lambda s: (-s.rows, s.index))}
+        while waiting:
+            # With a limit: the handler of Ctrl-C that polars installs does not wake a thread out of a lock.
+            done, waiting = wait(waiting, timeout=WAKE_SECONDS, return_when=FIRST_COMPLETED)
+            for future in done:
+                yield future.result()
     except BrokenProcessPool as fault:
         raise RetryError(
             "a worker process died; the finished shards stay",
             "out of memory? run the same line again with fewer --workers",
         ) from fault
+    except Exception:
+        raise
+    except BaseException:
+        # Told to stop: what runs now is done again next time, and waiting for it could take hours.
+        for worker in multiprocessing.active_children():
+            worker.terminate()
+        raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

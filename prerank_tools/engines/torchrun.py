@@ -10,7 +10,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,9 @@ def announced() -> list[int] | None:
     return found
 
 
-def map_shards(task: Callable[[Shard], dict[str, Any]], shards: Sequence[Shard]) -> Iterator[dict[str, Any]]:
+def map_shards(
+    task: Callable[[Shard], dict[str, Any]], shards: Sequence[Shard]
+) -> Generator[dict[str, Any], None, None]:
     """Take shards from the group's queue, largest first, until it is empty; then wait for the other ranks.
 
     Yields the records of all ranks in rank 0, and this rank's own in the others.

@@ -8,6 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -262,16 +263,19 @@ def _map(stage: Stage, ctx: Context, options: RunOptions, shards: Sequence[Shard
     )
     task = Task(stage, context, mapped, uuid4().hex)
     _announce([shard.index for shard in left])
-    for record in map_shards(
+    mapped_shards = map_shards(
         task,
         left,
         engine=options.engine,
         workers=_workers(options, ctx.device),
         threads=options.threads,
         gpus=ctx.device == "cuda",
-    ):
-        records[record["index"]] = record
-        options.progress(len(records), len(shards), record)
+    )
+    # Closed whatever happens between two records, so that a stop reaches the workers.
+    with closing(mapped_shards):
+        for record in mapped_shards:
+            records[record["index"]] = record
+            options.progress(len(records), len(shards), record)
     return [records[shard.index] for shard in shards]
 
 
