@@ -11,8 +11,8 @@ from prerank_tools.tables.vectors import faulty_vectors
 def split_rows(frame: pl.DataFrame, contract: str) -> tuple[pl.DataFrame, pl.DataFrame]:
     """(good rows, quarantine): quarantine holds the contract's key columns and `reason`.
 
-    A row is at fault where a column that must not be null is null, or where a vector is null, not finite
-    or all zeros.
+    A row is at fault where a column that must not be null is null, or where a vector is null, not finite,
+    all zeros or out of float32's scale.
     """
     rules = CONTRACTS[contract]
     reason = pl.Series("reason", [None] * len(frame), dtype=pl.String)

@@ -10,6 +10,9 @@ import polars as pl
 
 from prerank_tools.errors import ContractError
 
+# Outside of these a length squared leaves float32: distances turn infinite, unit vectors NaN.
+SHORTEST, LONGEST = 1e-18, 1e18
+
 
 def vectors_to_numpy(series: pl.Series) -> np.ndarray:
     """The rows of an `Array(dtype, D)` column as x_ND of the same dtype.
@@ -48,7 +51,7 @@ def numpy_to_vectors(name: str, x_ND: np.ndarray) -> pl.Series:
 
 
 def faulty_vectors(series: pl.Series) -> pl.Series:
-    """Per row the reason why a vector cannot be used (null, not finite, zero), or null where it can."""
+    """Per row why a vector cannot be used (null, not finite, zero, out of scale), or null where it can."""
     reasons: list[Any] = [None] * len(series)
     null_N = series.is_null().to_numpy()
     for row in np.flatnonzero(null_N):
@@ -62,4 +65,7 @@ def faulty_vectors(series: pl.Series) -> pl.Series:
             reasons[row] = "vector holds NaN or infinity"
         for row in rows_N[mass_N == 0]:
             reasons[row] = "vector is all zeros"
+        out_N = np.isfinite(mass_N) & ((mass_N > LONGEST) | ((mass_N < SHORTEST) & (mass_N > 0)))
+        for row in rows_N[out_N]:
+            reasons[row] = f"vector is out of scale (below {SHORTEST:g} or above {LONGEST:g})"
     return pl.Series("reason", reasons, dtype=pl.String)
