@@ -71,7 +71,7 @@ class ExportVectors(Stage):
             "dims": packed.dim,
             "bytes_a_row": packed.bytes_a_row,
             "mean_cosine": counts["cosine_sum"] / max(rows, 1),
-            "min_cosine": float(cosines(x_ND, y_ND).min()),
+            "min_cosine": float(cosines(x_ND, y_ND).min(initial=1.0)),
             "overlap_at_10": neighbour_overlap(x_ND, y_ND, k=NEIGHBOURS, queries=QUERIES),
             "rows_checked": len(x_ND),
             "queries": min(QUERIES, len(x_ND)),
