@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,4 +102,18 @@ class Dying(Copy):
         if shard.index == self.at and not self.marker.exists():
             self.marker.touch()
             os.kill(os.getpid(), signal.SIGKILL)
+        return super().process(shard, ctx)
+
+
+@dataclass(frozen=True)
+class Waiting(Copy):
+    """Copy, but from shard `at` on every process says so in `folder` and sleeps."""
+
+    at: int = 1
+    folder: Path = Path()
+
+    def process(self, shard: Shard, ctx: Context) -> Part:
+        if shard.index >= self.at:
+            (self.folder / f"waiting{os.getpid()}").touch()
+            time.sleep(300)
         return super().process(shard, ctx)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from prerank_tools.encoders.batches import ahead
-from prerank_tools.encoders.tower import GPU_FACTOR, Tower, resolve_precision
+from prerank_tools.encoders.tower import GPU_FACTOR, InPieces, Tower, no_log, resolve_precision
 
 # Raster formats with a decoder inside Pillow itself: EPS and the like would start other programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
@@ -52,7 +52,8 @@ class ImageEncoder:
     """A tower ready to encode: decoding, preprocessing, batching, precision and device.
 
     `pixels_of` turns RGB pictures into a float32 array (B, C, H, W). With `exact`, every batch has the same
-    shape, so that an image's bytes do not depend on how many others there are.
+    shape, so that an image's bytes do not depend on how many others there are. A batch that does not fit in
+    memory runs in halves; `log` is told.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class ImageEncoder:
         compiled: bool = False,
         device: str = "cpu",
         threads: int = 2,
+        log: Callable[..., None] = no_log,
     ) -> None:
         self.exact = exact
         self.device = torch.device(device)
@@ -76,6 +78,7 @@ class ImageEncoder:
         self.tower = tower.eval().to(self.device, self.dtype)
         self.tower.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._tower = torch.compile(self.tower) if compiled else self.tower
+        self._in_pieces = InPieces(self.forward, log)
         self.dim = tower.dim
         self._pixels_of = pixels_of
         self._threads = threads
@@ -94,7 +97,7 @@ class ImageEncoder:
 
             for _, (rows, pixels) in ahead(starts, prepare):
                 if pixels is not None:
-                    x_NI[rows] = self.forward(torch.from_numpy(pixels))[: len(rows)].cpu().numpy()
+                    x_NI[rows] = self._in_pieces(torch.from_numpy(pixels))[: len(rows)].cpu().numpy()
         return x_NI, faults
 
     def _prepare(

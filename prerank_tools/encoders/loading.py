@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +23,7 @@ from prerank_tools.encoders.saved_models import (
 from prerank_tools.encoders.settings import ImageConfig, TextConfig
 from prerank_tools.encoders.text import TextEncoder
 from prerank_tools.encoders.tfidf import TfidfConfig
+from prerank_tools.encoders.tower import no_log
 from prerank_tools.encoders.transformers_models import (
     image_tower,
     load_processor,
@@ -32,6 +33,7 @@ from prerank_tools.encoders.transformers_models import (
 from prerank_tools.errors import UsageError
 
 Modalities = Literal["text", "image", "both"]
+Log = Callable[..., None]
 
 
 class EmbedConfig(BaseModel):
@@ -67,8 +69,10 @@ def capabilities(kind: Kind, folder: Path | None) -> set[str]:
     return {"dual": {"text", "image"}, "image": {"image"}}.get(kind, {"text"})
 
 
-def load_encoder(models: Models, config: EmbedConfig, *, device: str, threads: int) -> Encoder:
-    """The encoder of these models, ready to run."""
+def load_encoder(
+    models: Models, config: EmbedConfig, *, device: str, threads: int, log: Log = no_log
+) -> Encoder:
+    """The encoder of these models, ready to run; `log` is told where a batch had to be halved."""
     fusion, text_folder, image_folder = None, models.text, models.image
     if models.item is not None:
         stated, fusion = load_item_encoder(models.item)
@@ -79,9 +83,9 @@ def load_encoder(models: Models, config: EmbedConfig, *, device: str, threads: i
         )
     text = image = None
     if models.modalities != "image" and text_folder is not None and text_folder.is_dir():
-        text = load_text(text_folder, config, device=device)
+        text = load_text(text_folder, config, device=device, log=log)
     if models.modalities != "text" and image_folder is not None and image_folder.is_dir():
-        image = load_image(image_folder, config, device=device, threads=threads)
+        image = load_image(image_folder, config, device=device, threads=threads, log=log)
     return Encoder(text, image, fusion)
 
 
@@ -92,7 +96,7 @@ def as_trained(config: EmbedConfig, stated: ItemEncoderConfig) -> EmbedConfig:
     return config.model_copy(update={"text": text, "image": image})
 
 
-def load_text(folder: Path, config: EmbedConfig, *, device: str) -> EncodesText:
+def load_text(folder: Path, config: EmbedConfig, *, device: str, log: Log = no_log) -> EncodesText:
     """The text side: TF-IDF or a transformers model."""
     if kind_of(folder) == "tfidf":
         return load_tfidf(folder)
@@ -106,10 +110,13 @@ def load_text(folder: Path, config: EmbedConfig, *, device: str) -> EncodesText:
         exact=config.exact_batches,
         compiled=config.compile,
         device=device,
+        log=log,
     )
 
 
-def load_image(folder: Path, config: EmbedConfig, *, device: str, threads: int) -> ImageEncoder:
+def load_image(
+    folder: Path, config: EmbedConfig, *, device: str, threads: int, log: Log = no_log
+) -> ImageEncoder:
     """The image side: an EfficientNet-Lite or a transformers model."""
     if read_config(folder).get("prerank_model") == "efficientnet_lite":
         tower, pixels_of = load_efficientnet(folder), load_processor(folder)
@@ -126,6 +133,7 @@ def load_image(folder: Path, config: EmbedConfig, *, device: str, threads: int) 
         compiled=config.compile,
         device=device,
         threads=threads,
+        log=log,
     )
 
 

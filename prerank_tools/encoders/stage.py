@@ -15,6 +15,7 @@ from prerank_tools.encoders.content_frames import (
     columns_of,
     default_template,
     image_columns,
+    peek_schema,
     read_content,
     render,
 )
@@ -68,7 +69,7 @@ class EmbedItems(Stage):
     @cached_property
     def choice(self) -> Choice:
         """Models, modalities and template, resolved against the table and the previous output."""
-        schema = open_table(self.items, "items").schema
+        schema = peek_schema(self.items)
         before = open_table(self.previous, "item_embeddings").manifest if self.previous else None
         params = before["params"] if before else {}
         slots = choose_models(
@@ -232,7 +233,7 @@ class EmbedItems(Stage):
         """The encoder of this process, loaded when the first item needs it."""
         if "encoder" not in ctx.cache:
             models = self.choice.models(ctx.work)
-            encoder = load_encoder(models, self.config, device=ctx.device, threads=ctx.threads)
+            encoder = load_encoder(models, self.config, device=ctx.device, threads=ctx.threads, log=ctx.log)
             if all(slot.kind != "tfidf" for slot in self.choice.slots):
                 refuse_width(self.dim, encoder.dim)
             ctx.cache["encoder"] = encoder

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from prerank_tools.encoders.batches import Batch, Shape, Tokens, ahead, cut_batches, fill_batch
-from prerank_tools.encoders.tower import GPU_FACTOR, Tower, resolve_precision
+from prerank_tools.encoders.tower import GPU_FACTOR, InPieces, Tower, no_log, resolve_precision
 
 Pooling = Literal["mean", "cls", "last"]
 WINDOW = 8192
@@ -68,7 +68,8 @@ class Tokenizer:
 class TextEncoder:
     """A tower ready to encode: tokeniser, batching, precision and device.
 
-    With `exact`, a text's bytes depend neither on the budget nor on what shares its batch.
+    With `exact`, a text's bytes depend neither on the budget nor on what shares its batch. A batch that does
+    not fit in memory runs in halves; `log` is told.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class TextEncoder:
         exact: bool = False,
         compiled: bool = False,
         device: str = "cpu",
+        log: Callable[..., None] = no_log,
     ) -> None:
         self.device = torch.device(device)
         on_gpu = self.device.type == "cuda"
@@ -95,6 +97,7 @@ class TextEncoder:
         self.window = WINDOW * GPU_FACTOR if on_gpu else WINDOW
         self.tower = tower.eval().to(self.device, self.dtype)
         self._tower = torch.compile(self.tower, dynamic=True) if compiled else self.tower
+        self._in_pieces = InPieces(self.forward, log)
         self.dim = tower.dim
         self.tokenizer = tokenizer
         self.max_tokens = min(tokenizer.max_tokens, max_tokens)
@@ -120,7 +123,7 @@ class TextEncoder:
         # Results stay on the device until the window ends: a copy after each batch would wait for it.
         x_NT = torch.empty((len(tokens.lengths_N), self.dim), device=self.device)
         for batch, (ids_BS, mask_BS) in ahead(batches, lambda batch: self._tensors(tokens, batch)):
-            x_NT[torch.from_numpy(batch.rows).to(self.device)] = self.forward(ids_BS, mask_BS)[
+            x_NT[torch.from_numpy(batch.rows).to(self.device)] = self._in_pieces(ids_BS, mask_BS)[
                 : len(batch.rows)
             ]
         return x_NT.cpu().numpy()
