@@ -48,7 +48,7 @@ def embeddings(
     "gsu",
     examples=(
         "prerank eval gsu gsu/ --requests r.parquet",
-        "prerank eval gsu gsu_ivf/ --against gsu/ --json",
+        "prerank eval gsu gsu/ --against gsu/ --json",
     ),
 )
 def gsu(
@@ -93,8 +93,8 @@ def scores(
     app,
     "sid",
     examples=(
-        "prerank eval sid sids/ --embeddings emb/",
-        "prerank eval sid sids/ --embeddings emb/ --events events.parquet --against sids_other/ --json",
+        "prerank eval sid sid/ --embeddings emb/",
+        "prerank eval sid sid_next/ --embeddings emb/ --events events.parquet --against sid/ --json",
     ),
 )
 def sid(

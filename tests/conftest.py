@@ -5,6 +5,7 @@ from __future__ import annotations
 import polars as pl
 import pytest
 
+import prerank_tools  # noqa: F401  first: it settles how OpenMP waits, before torch loads it
 from tests import fixtures
 
 

@@ -17,7 +17,7 @@ from prerank_cli.main import call
 from prerank_tools.errors import ContractError, GateError, UsageError
 from prerank_tools.gsu import stage as gsu_stage
 from prerank_tools.gsu import vectors
-from prerank_tools.gsu.inline import simtier_for
+from prerank_tools.gsu.inline_frames import simtier_for
 from prerank_tools.gsu.stage import GsuConfig, GsuTopK
 from prerank_tools.gsu.two_step import TwoStepConfig
 from prerank_tools.gsu.vectors import held_vectors

@@ -10,7 +10,7 @@ import polars as pl
 
 from prerank_tools.gsu.frames import flat_requests, search_of
 from prerank_tools.gsu.search import RECENT, Backend, topk
-from prerank_tools.gsu.simtier import simtier
+from prerank_tools.gsu.search_numba import count_tiers
 from prerank_tools.gsu.vectors import ItemVectors
 
 
@@ -50,4 +50,4 @@ def simtier_for(
     table_VD, row_U = vectors.gather(search.items)
     found = topk(table_VD, search.with_rows(row_U), k=k, recent=recent, threads=threads, backend=backend)
     found = search.in_asked_order(found)
-    return SimTiers(search.asked, simtier(found.sims_MK), simtier(found.recent_MS), found.n_valid_M)
+    return SimTiers(search.asked, count_tiers(found.sims_MK), count_tiers(found.recent_MS), found.n_valid_M)
