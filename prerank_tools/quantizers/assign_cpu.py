@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,7 +38,7 @@ def assign_cpu(x_ND: np.ndarray, codebooks: Sequence[np.ndarray], *, threads: in
 
     def block(start: int) -> None:
         if not hasattr(scratch, "product"):
-            scratch.operand = np.empty((rows, x_ND.shape[1]), dtype=np.uint16 if plan.bf16 else np.float32)
+            scratch.operand = np.empty((rows, x_ND.shape[1]), dtype=np.uint16 if plan.key[1] else np.float32)
             scratch.product = np.empty((rows, plan.widest), dtype=scratch.operand.dtype)
         x_nD = np.ascontiguousarray(x_ND[start : start + rows], dtype=np.float32)
         buffers = scratch.operand[: len(x_nD)], scratch.product
@@ -52,6 +53,8 @@ def assign_cpu(x_ND: np.ndarray, codebooks: Sequence[np.ndarray], *, threads: in
 @dataclass(frozen=True)
 class _Level:
     """One level's constants: `norm_K` is |c|^2, `table_PK` 2 c_j.c per earlier code of the same product.
+
+    |c|^2 is in the rows of the first earlier level already, and is the only row where there is none.
 
     A distance errs by at most ex * bound[0] + |r| * bound[1] + |x| * bound[2] + bound[3], ex being what bf16
     took from the row and r its residual: tables made with the rounded c leave r alone to meet c - c'.
@@ -77,23 +80,35 @@ class _Group:
 class _Plan:
     groups: tuple[_Group, ...]
     flat_MD: np.ndarray
-    bf16: bool
+    key: tuple[Any, ...]  # level sizes, whether bf16, the table ceiling
 
     @property
     def widest(self) -> int:
         return max(group.weight_DM.shape[1] for group in self.groups)
 
 
+_last: list[_Plan] = []  # a job asks for the same codebooks once a shard
+
+
 def _plan(codebooks: Sequence[np.ndarray]) -> _Plan:
     """All levels under one product while the tables stay in the cache, else one product a level."""
-    sizes = [len(codebook_KD) for codebook_KD in codebooks]
+    flat_MD = np.ascontiguousarray(np.concatenate(codebooks), dtype=np.float32)
+    sizes = tuple(len(codebook_KD) for codebook_KD in codebooks)
+    key = (sizes, fast_bf16(), TABLE_BYTES)
+    for plan in _last[:1]:
+        if plan.key == key and np.array_equal(plan.flat_MD, flat_MD):
+            return plan
+    _last[:] = [_new_plan(codebooks, flat_MD, key)]
+    return _last[0]
+
+
+def _new_plan(codebooks: Sequence[np.ndarray], flat_MD: np.ndarray, key: tuple[Any, ...]) -> _Plan:
+    sizes, bf16, _ = key
     starts = np.cumsum([0, *sizes]).tolist()
     table_bytes = 4 * sum(start * size for start, size in zip(starts, sizes, strict=False))
     cuts = [0, len(sizes)] if table_bytes <= TABLE_BYTES else list(range(len(sizes) + 1))
-    bf16 = fast_bf16()
     groups = [_group(codebooks[a:b], a, starts[a:b], bf16) for a, b in itertools.pairwise(cuts)]
-    flat_MD = np.ascontiguousarray(np.concatenate(codebooks), dtype=np.float32)
-    return _Plan(tuple(groups), flat_MD, bf16)
+    return _Plan(tuple(groups), flat_MD, key)
 
 
 def _group(codebooks: Sequence[np.ndarray], first: int, starts: Sequence[int], bf16: bool) -> _Group:
@@ -111,7 +126,10 @@ def _group(codebooks: Sequence[np.ndarray], first: int, starts: Sequence[int], b
 def _level(c_KD: np.ndarray, rounded_KD: np.ndarray, earlier: Sequence[np.ndarray], start: int) -> _Level:
     """Tables and bound: |2 r.c - 2 (x'.c' - sum c_j.c')| <= 2 (|x - x'| |c'| + |r| |c - c'|), plus sums."""
     norm_K = np.einsum("kd,kd->k", c_KD, c_KD)
-    table_PK = 2.0 * np.concatenate(earlier) @ rounded_KD.T if earlier else np.zeros((1, len(c_KD)))
+    table_PK = norm_K[None]
+    if earlier:
+        table_PK = 2.0 * np.concatenate(earlier) @ rounded_KD.T
+        table_PK[: len(earlier[0])] += norm_K
     largest = float(np.linalg.norm(rounded_KD, axis=1).max())
     rounding = float(np.linalg.norm(rounded_KD - c_KD, axis=1).max())
     largest_sum = float(norm_K.max()) + len(earlier) * float(np.abs(table_PK).max())

@@ -158,20 +158,19 @@ def settle_level(
     size = len(norm_K)
     codebook_KD = flat_MD[start : start + size]
     low_K = np.empty(size, dtype=np.float32)
+    sum_K = np.empty(size, dtype=np.float32)
     r_D = np.empty(x_nD.shape[1], dtype=np.float64)
     for row in range(len(product_nM)):
         square = norms_n3[row, 2]
         margin = norms_n3[row, 0] * bound[0] + np.sqrt(square) * bound[1] + norms_n3[row, 1] * bound[2]
         margin += bound[3] + np.float32(16.0) * UNIT * square
         offset = square + margin  # keeps every sum positive, so that its bits are ordered
-        for k in range(size):
-            low_K[k] = norm_K[k] + offset
-        for level in range(first, first + depth):
-            table_K = table_PK[picked_nL[row, level] - table_start]
-            for k in range(size):
-                low_K[k] += table_K[k]
         product_K = product_nM[row, column : column + size]
-        least = _lower_bounds(product_K, low_K)
+        base_K = table_PK[picked_nL[row, first] - table_start if depth > 0 else 0]
+        if depth > 1:
+            _add_tables(base_K, table_PK, picked_nL, row, first + 1, first + depth, table_start, sum_K)
+            base_K = sum_K
+        least = _lower_bounds(product_K, base_K, offset, low_K)
         limit = _bits(_float(least) + np.float32(2.0) * margin)
         count, code, last = _candidates(low_K, limit)
         if count > 1:
@@ -187,13 +186,34 @@ def settle_level(
 
 
 @_jit
-def _lower_bounds(product_K: np.ndarray, low_K: np.ndarray) -> Any:
-    """Add the product, less its own rounding; returns the bits of the least upper bound."""
+def _add_tables(
+    base_K: np.ndarray,
+    table_PK: np.ndarray,
+    picked_nL: np.ndarray,
+    row: int,
+    begin: int,
+    end: int,
+    table_start: int,
+    sum_K: np.ndarray,
+) -> None:
+    """Into another array than `base_K`: sums in place would not be vectorised."""
+    table_K = table_PK[picked_nL[row, begin] - table_start]
+    for k in range(len(sum_K)):
+        sum_K[k] = base_K[k] + table_K[k]
+    for level in range(begin + 1, end):
+        table_K = table_PK[picked_nL[row, level] - table_start]
+        for k in range(len(sum_K)):
+            sum_K[k] += table_K[k]
+
+
+@_jit
+def _lower_bounds(product_K: np.ndarray, base_K: np.ndarray, offset: float, low_K: np.ndarray) -> Any:
+    """Distances less the product's own rounding; returns the bits of the least upper bound."""
     output = _rounding(product_K)
     least = np.int32(0x7F7FFFFF)
     for k in range(len(low_K)):
         product = _widen(product_K[k])
-        distance = product + low_K[k]
+        distance = product + (base_K[k] + offset)
         slip = abs(product) * output
         low_K[k] = distance - slip
         least = min(least, _bits(distance + slip))
