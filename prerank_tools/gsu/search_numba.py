@@ -15,7 +15,7 @@ from prerank_tools.gsu.cosine import pad_lanes
 from prerank_tools.gsu.search import RECENT, Groups, TopK, empty_topk
 from prerank_tools.gsu.select import Past, Shortlists, absorb, cosine_at, finish, finish_all
 from prerank_tools.gsu.simd import LANES, kernel, lane_dot, unit_bf16_row, widen_row
-from prerank_tools.gsu.simtier import PAD_SIM
+from prerank_tools.gsu.simtier import PAD_SIM, TIERS
 
 CHUNK = 8192  # behaviours whose products are held at once
 BLOCK = 256  # candidates whose products are held at once: 256 x 8192 bf16 is 4 MiB
@@ -52,6 +52,13 @@ def cosines_at(
     found = found._replace(positions_MK=positions_MK, sims_MK=found.sims_MK.astype(dtype))
     _cosines_at(stored_bits(table_VD), groups, groups.of_candidates(), found)
     return found.sims_MK, found.recent_MS
+
+
+def count_tiers(sims_MK: np.ndarray) -> np.ndarray:
+    """`simtier.simtier`, ten times as fast."""
+    counts_MN = np.zeros((len(sims_MK), TIERS), dtype=np.uint8)
+    _count_tiers(np.ascontiguousarray(sims_MK, dtype=np.float32), counts_MN)
+    return counts_MN
 
 
 def stored_bits(table_VD: np.ndarray) -> np.ndarray:
@@ -206,6 +213,15 @@ def _cosines_at(table_VD: np.ndarray, groups: Groups, group_M: np.ndarray, found
             if at >= 0:
                 found.sims_MK[m, i] = cosine_at(table_VD, past, candidate_1D, inverse_M[m], at)
         _recent(table_VD, past, candidate_1D, inverse_M[m], groups.visible_M[m], found, m)
+
+
+@kernel
+def _count_tiers(sims_MK: np.ndarray, counts_MN: np.ndarray) -> None:
+    for m in range(sims_MK.shape[0]):
+        for i in range(sims_MK.shape[1]):
+            tier = int(np.ceil(sims_MK[m, i] * np.float32(10.0))) + 10
+            if 0 <= tier < counts_MN.shape[1]:
+                counts_MN[m, tier] += 1
 
 
 @kernel

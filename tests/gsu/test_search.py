@@ -208,6 +208,13 @@ def test_the_histogram_does_not_depend_on_the_order_of_the_history() -> None:
     )
 
 
+def test_compiled_tiers_are_the_tiers() -> None:
+    tenths = np.arange(-10, 11, dtype=np.float32) / 10
+    around = [tenths, np.nextafter(tenths, np.float32(2)), np.nextafter(tenths, np.float32(-2)), [PAD_SIM]]
+    sims = np.stack([np.concatenate(around), np.random.default_rng(9).uniform(-1.2, 1.2, 64)])
+    np.testing.assert_array_equal(search_numba.count_tiers(sims), simtier(sims))
+
+
 def test_no_candidates_and_no_history() -> None:
     table = np.ones((1, 16), dtype=np.float32)
     nothing = Groups(np.empty(0, int), np.array([0]), np.empty(0, int), np.array([0]), np.empty(0, int))
