@@ -30,6 +30,7 @@ SHAPES = ((K,) * 3, (K,) * 4)
 QUERIES = 5_000
 KINDS = (
     "RQ-KMeans",
+    "RQ-KMeans, progressive",
     "RQ-KMeans, beam 5",
     "RQ-KMeans, beam 16",
     "balanced RQ-KMeans (last)",
@@ -198,8 +199,9 @@ def make(kind: str, sizes: tuple[int, ...], rows: int) -> Any:
     fsq = FSQConfig(sizes=sizes[:-1], train=RQVAETraining(steps=FSQ_STEPS))
     makers: dict[str, Callable[[], Any]] = {
         "RQ-KMeans": lambda: RKMeans(sizes=sizes),
-        "RQ-KMeans, beam 5": lambda: RKMeans(sizes=sizes, beam=5),
-        "RQ-KMeans, beam 16": lambda: RKMeans(sizes=sizes, beam=16),
+        "RQ-KMeans, progressive": lambda: RKMeans(sizes=sizes, init="progressive"),
+        "RQ-KMeans, beam 5": lambda: RKMeans(sizes=sizes, init="progressive", beam=5),
+        "RQ-KMeans, beam 16": lambda: RKMeans(sizes=sizes, init="progressive", beam=16),
         "balanced RQ-KMeans (last)": lambda: BalancedRKMeans(sizes=sizes),
         "RQ-KMeans+": lambda: RKMeansPlus(plus),
         "RQ-KMeans + FSQ": lambda: RKMeansFSQ(fsq),

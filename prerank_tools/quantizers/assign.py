@@ -78,7 +78,7 @@ def assign_beam(x_ND: np.ndarray, codebooks: Sequence[np.ndarray], *, beam: int)
     weakens. Equal errors keep the path that comes first in code order.
     """
     blocks = [
-        _beam_block(x_ND[start : start + 512].astype(np.float64), codebooks, beam)
+        _beam_block(x_ND[start : start + 512].astype(np.float64), codebooks, beam)[0][:, 0]
         for start in range(0, len(x_ND), 512)
     ]
     return np.concatenate(blocks) if blocks else np.empty((0, len(codebooks)), dtype=np.uint16)
@@ -98,7 +98,22 @@ def assign_scaled(x_ND: np.ndarray, codebooks: Sequence[np.ndarray]) -> np.ndarr
     return codes_NL
 
 
-def _beam_block(x_ND: np.ndarray, codebooks: Sequence[np.ndarray], beam: int) -> np.ndarray:
+def beam_residuals(
+    x_ND: np.ndarray, codebooks: Sequence[np.ndarray], *, beam: int, rows: int, seed: int
+) -> np.ndarray:
+    """What the kept paths of all rows leave, (at most `rows`, D) float32: the next level's fit set."""
+    take_N = np.sort(np.random.default_rng(seed).permutation(len(x_ND))[: max(1, rows // beam)])
+    blocks = [
+        _beam_block(x_ND[take_N[start : start + 512]].astype(np.float64), codebooks, beam)[1]
+        for start in range(0, len(take_N), 512)
+    ]
+    return np.concatenate([block.reshape(-1, x_ND.shape[1]) for block in blocks]).astype(np.float32)
+
+
+def _beam_block(
+    x_ND: np.ndarray, codebooks: Sequence[np.ndarray], beam: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The best paths (N, B, L) of each row, best first, and what they leave (N, B, D)."""
     rows_N1 = np.arange(len(x_ND))[:, None]
     r_NBD, path_NBL = x_ND[:, None, :], np.zeros((len(x_ND), 1, 0), dtype=np.uint16)
     for codebook_KD in codebooks:
@@ -114,7 +129,7 @@ def _beam_block(x_ND: np.ndarray, codebooks: Sequence[np.ndarray], beam: int) ->
         path_NBL = np.concatenate(
             [path_NBL[rows_N1, parent_NB], code_NB[..., None].astype(np.uint16)], axis=2
         )
-    return path_NBL[:, 0]
+    return path_NBL, r_NBD
 
 
 def _ordered_distance(r_D: np.ndarray, codebook_KD: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, Self
 import numpy as np
 
 from prerank_tools.errors import ContractError
-from prerank_tools.quantizers.assign import assign, assign_beam, assign_scaled, decode
+from prerank_tools.quantizers.assign import assign, assign_beam, assign_scaled, beam_residuals, decode
 from prerank_tools.quantizers.codebook import Codebook
 
 POINTS_PER_CODE = 256  # faiss takes a sample of this many; more do not move the centroids
@@ -23,10 +23,12 @@ class RKMeans:
 
     `normalize="l2"` scales each vector to length 1 first. `residual_norm` scales the residuals between levels
     to length 1 (TorchEasyRec); decoding then uses their mean length. `beam` above 1 searches whole paths.
+    `init="progressive"` starts k-means on few principal axes: lower error and fuller codes; always on CPU.
     """
 
     sizes: tuple[int, ...] = (256, 256, 256)
     iterations: int = 25
+    init: Literal["random", "progressive"] = "random"
     normalize: Literal["none", "l2"] = "none"
     residual_norm: bool = False
     beam: int = 1
@@ -45,8 +47,10 @@ class RKMeans:
     def fit(self, x_ND: np.ndarray, *, seed: int = 0, threads: int = 2, device: str = "cpu") -> Self:
         """Fit all levels on x (N, D): faiss on CPU, torch on GPU.
 
-        On CPU the centroids are those of a plain loop over `faiss.Kmeans(D, K, niter=iterations, seed=seed)`,
-        its search, and subtraction. Raises ContractError where a level has more codes than there are rows.
+        On CPU, from a random start, the centroids are those of a plain loop over
+        `faiss.Kmeans(D, K, niter=iterations, seed=seed)`, its search, and subtraction. With a beam, a level
+        is fitted on what all paths kept so far leave, as faiss' ResidualQuantizer does. Raises ContractError
+        where a level has more codes than there are rows.
         """
         r_ND = self.prepared(x_ND)
         check_rows(len(r_ND), self.sizes)
@@ -55,6 +59,10 @@ class RKMeans:
         for level in range(len(self.sizes)):
             codebook_KD, code_N = self._fit_level(r_ND, level, seed=seed, threads=threads, device=device)
             codebooks.append(codebook_KD)
+            if self.beam > 1 and level + 1 < len(self.sizes):
+                rows = POINTS_PER_CODE * max(self.sizes)
+                r_ND = beam_residuals(self.prepared(x_ND), codebooks, beam=self.beam, rows=rows, seed=seed)
+                continue
             r_ND = r_ND - codebook_KD[code_N]
             if self.residual_norm and level + 1 < len(self.sizes):
                 norm_N = np.maximum(np.linalg.norm(r_ND, axis=1), 1e-12)
@@ -62,7 +70,7 @@ class RKMeans:
                 lengths *= norm_N
                 self.scale_L[level + 1] = lengths.mean()
         self.codebooks = tuple(codebooks)
-        self.notes = {"seed": seed, "rows": len(x_ND), "iterations": self.iterations}
+        self.notes = {"seed": seed, "rows": len(x_ND), "iterations": self.iterations, "init": self.init}
         return self
 
     def encode(self, x_ND: np.ndarray, *, threads: int = 2, device: str = "cpu") -> np.ndarray:
@@ -119,10 +127,14 @@ class RKMeans:
     ) -> tuple[np.ndarray, np.ndarray]:
         """(codebook, code of every row) of one level."""
         size = self.sizes[level]
-        if device != "cpu":
+        if device != "cpu" and self.init == "random":
             from prerank_tools.quantizers.kmeans_torch import kmeans_torch
 
             return kmeans_torch(r_ND, size, iterations=self.iterations, seed=seed, device=device)
+        if self.init == "progressive":
+            from prerank_tools.quantizers.kmeans_progressive import kmeans_progressive
+
+            return kmeans_progressive(r_ND, size, iterations=self.iterations, seed=seed, threads=threads)
         return kmeans_faiss(r_ND, size, iterations=self.iterations, seed=seed, threads=threads)
 
 

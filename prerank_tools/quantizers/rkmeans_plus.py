@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -21,6 +21,7 @@ class RKMeansPlusConfig(RQVAEConfig):
     """As RQ-VAE, without a narrow code: the encoder is x + MLP(x), its last layer zero at first."""
 
     hidden: tuple[int, ...] = (256,)
+    init: Literal["kmeans", "progressive", "random"] = "progressive"
     sinkhorn: bool = False  # the k-means codes are in use from the start
     train: RQVAETraining = RKMeansPlusTraining()
 

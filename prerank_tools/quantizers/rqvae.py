@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -111,7 +111,8 @@ class RQVAE:
             return
         sample_N = np.random.default_rng(seed).permutation(len(x))[: POINTS_PER_CODE * max(self.sizes)]
         latent_NE = self._map("encode", x.numpy()[np.sort(sample_N)], "cpu")
-        means = RKMeans(sizes=self.sizes).fit(latent_NE, seed=seed, threads=threads)
+        start: Literal["random", "progressive"] = "random" if self.config.init == "kmeans" else "progressive"
+        means = RKMeans(sizes=self.sizes, init=start).fit(latent_NE, seed=seed, threads=threads)
         self._net().codebooks.load(means.to_codebook().codebooks)
 
     def _map(self, method: str, rows: np.ndarray, device: str) -> np.ndarray:

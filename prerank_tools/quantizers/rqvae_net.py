@@ -38,7 +38,7 @@ class RQVAEConfig(BaseModel):
     code_dim: int = Field(default=32, ge=1)
     hidden: tuple[int, ...] = (512, 256, 128)
     commitment: float = Field(default=0.25, ge=0)
-    init: Literal["kmeans", "random"] = "kmeans"
+    init: Literal["kmeans", "progressive", "random"] = "kmeans"  # progressive: k-means on ever more axes
     codebook: Literal["ema", "loss"] = "ema"
     ema_decay: float = Field(default=0.99, gt=0, lt=1)
     # EMA count, as a share of its mean, under which a code is restarted; 0: never. FORGE's fixed 1 would

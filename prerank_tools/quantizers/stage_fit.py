@@ -40,6 +40,7 @@ class SidConfig(BaseModel):
     levels: int = Field(default=3, ge=1, le=26)
     codes: int | tuple[int, ...] | None = None
     iterations: int = Field(default=25, ge=1)
+    init: Literal["random", "progressive"] = "random"
     normalize: Literal["none", "l2"] = "none"
     residual_norm: bool = False
     beam: int = Field(default=1, ge=1)
@@ -197,12 +198,14 @@ def _say(rows: int, sizes: tuple[int, ...], config: SidConfig, ctx: Context) -> 
 def _unfitted(sizes: tuple[int, ...], config: SidConfig) -> Quantizer:
     knobs: dict[str, Any] = {"sizes": sizes}
     wanted = {
-        "rkmeans": ("iterations", "normalize", "residual_norm", "beam"),
-        "balanced-rkmeans": ("iterations", "normalize", "balance"),
+        "rkmeans": ("iterations", "init", "normalize", "residual_norm", "beam"),
+        "balanced-rkmeans": ("iterations", "init", "normalize", "balance"),
         "pq": ("iterations",),
         "random-hash": (),
     }[config.quantizer]
-    ignored = config.model_fields_set & {"normalize", "residual_norm", "beam", "balance"} - set(wanted)
+    ignored = config.model_fields_set & {"init", "normalize", "residual_norm", "beam", "balance"} - set(
+        wanted
+    )
     if ignored:
         raise UsageError(
             f"config: {config.quantizer} has no `{min(ignored)}`", f"it has: {', '.join(wanted)}"

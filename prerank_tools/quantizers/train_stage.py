@@ -43,7 +43,14 @@ class TrainQuantizerConfig(SidConfig):
     @model_validator(mode="after")
     def _known_keys(self) -> Self:
         if self.quantizer in LEARNED:
-            ignored = self.model_fields_set & {"iterations", "normalize", "residual_norm", "beam", "balance"}
+            ignored = self.model_fields_set & {
+                "iterations",
+                "init",
+                "normalize",
+                "residual_norm",
+                "beam",
+                "balance",
+            }
             if ignored:
                 raise ValueError(f"{self.quantizer} has no key {min(ignored)}")
             LEARNED[self.quantizer](**self.network)

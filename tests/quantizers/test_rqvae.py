@@ -131,17 +131,29 @@ def test_untrained_rkmeans_plus_is_rkmeans() -> None:
     net = RQVAENet(RKMeansPlusConfig(sizes=(16, 16)), 24, skip=True)
     plus = RKMeansPlus(RKMeansPlusConfig(sizes=(16, 16)), net)
     plus._init_codebooks(torch.from_numpy(x), seed=0, threads=1)
-    plain = RKMeans(sizes=(16, 16)).fit(x, seed=0, threads=1)
+    plain = RKMeans(sizes=(16, 16), init="progressive").fit(x, seed=0, threads=1)
     codes = plus.encode(x, threads=1)
     np.testing.assert_array_equal(codes, plain.encode(x))
     np.testing.assert_allclose(plus.decode(codes), plain.decode(codes), atol=1e-6)
+
+
+def test_a_progressive_start_lowers_the_error_where_residuals_have_outliers() -> None:
+    x = topics(5, rows=4_000)
+    x[::50] *= 3
+    errors = []
+    for start in ("random", "progressive"):
+        error = Reconstruction()
+        fitted = RKMeans(sizes=(32, 32, 32), init=start).fit(x, seed=0, threads=1)  # type: ignore[arg-type]
+        error.update(x, fitted.decode(fitted.encode(x)))
+        errors.append(error.finalize()["relative_error"])
+    assert errors[1] < errors[0]
 
 
 def test_rkmeans_plus_lowers_the_error_it_began_with() -> None:
     x = topics(3)
     config = RKMeansPlusConfig(sizes=(16, 16), hidden=(64,), train=FAST.model_copy(update={"epochs": 10}))
     errors = []
-    for fitted in (RKMeans(sizes=(16, 16)), RKMeansPlus(config)):
+    for fitted in (RKMeans(sizes=(16, 16), init="progressive"), RKMeansPlus(config)):
         error = Reconstruction()
         error.update(x, fitted.fit(x, seed=0, threads=1).decode(fitted.encode(x)))
         errors.append(error.finalize()["relative_error"])
