@@ -166,6 +166,7 @@ def rank(  # type: ignore[no-untyped-def]
     D: tl.constexpr,
     STRIDE: tl.constexpr,
     P: tl.constexpr,
+    PART: tl.constexpr,
     LISTS: tl.constexpr,
     TIERS: tl.constexpr,
 ):
@@ -181,13 +182,14 @@ def rank(  # type: ignore[no-untyped-def]
     slot = tl.arange(0, P)
     listed = slot < count
     at = tl.load(place_ptr + row * STRIDE + slot, mask=listed, other=0)
-    d = tl.arange(0, D)
-    x = tl.load(
-        history_ptr + (base + at).to(tl.int64)[:, None] * D + d[None, :], mask=listed[:, None], other=0
-    )
-    y = tl.load(candidate_ptr + row.to(tl.int64) * D + d)
-    products = tl.reshape(x.to(tl.float32) * y.to(tl.float32)[None, :], (P, 16, D // 16))
-    dot = tl.sum(tl.sum(products, axis=2), axis=1)
+    # In parts, so that a row's products stay in few registers and more rows are in flight.
+    dot = tl.zeros([P], tl.float32)
+    for part in tl.static_range(D // PART):
+        d = part * PART + tl.arange(0, PART)
+        place = (base + at).to(tl.int64)[:, None] * D + d[None, :]
+        x = tl.load(history_ptr + place, mask=listed[:, None], other=0).to(tl.float32)
+        y = tl.load(candidate_ptr + row.to(tl.int64) * D + d).to(tl.float32)
+        dot += tl.sum(tl.sum(tl.reshape(x * y[None, :], (P, PART // 8, 8)), axis=2), axis=1)
     inverse_c = tl.load(inverse_c_ptr + row).to(tl.float32)
     inverse_n = tl.load(inverse_n_ptr + base + at, mask=listed, other=0.0).to(tl.float32)
     sim = dot * inverse_c * inverse_n
@@ -247,6 +249,7 @@ def rank_exactly(  # type: ignore[no-untyped-def]
     sim_ptr,
     n_valid_ptr,
     tier_ptr,
+    rows,
     K: tl.constexpr,
     KP: tl.constexpr,
     D: tl.constexpr,
@@ -256,41 +259,45 @@ def rank_exactly(  # type: ignore[no-untyped-def]
     LISTS: tl.constexpr,
     TIERS: tl.constexpr,
 ):
-    """The same in fixed-order float64, ties to the later behaviour, for the rows that carry this flag."""
-    row = tl.program_id(0)
-    if tl.load(flag_ptr + row) == FLAG:
-        count = tl.load(count_ptr + row)
-        base = tl.load(offset_ptr + tl.load(group_ptr + row))
-        slot = tl.arange(0, P)
-        listed = slot < count
-        at = tl.load(place_ptr + row * STRIDE + slot, mask=listed, other=0)
-        one = tl.zeros([1], tl.int32) + row
-        dot = _lane_dots(history_ptr, base + at, listed, candidate_ptr, one, one >= 0, D, P, tl.float64)
-        inverse_n = tl.load(inverse_n_ptr + base + at, mask=listed, other=0.0)
-        sim = dot * tl.load(inverse_c_ptr + one) * inverse_n
-        usable = listed & (inverse_n > 0) & (sim != 0)
-        sim = tl.where(usable, sim, -4.0)
-        later = (sim[None, :] == sim[:, None]) & (at[None, :] > at[:, None])
-        before = tl.sum((((sim[None, :] > sim[:, None]) | later) & usable[None, :]).to(tl.int32), axis=1)
-        best = usable & (before < K)
-        _write(
-            row,
-            at,
-            sim.to(tl.float32),
-            best,
-            before,
-            base,
-            with_vector_ptr,
-            visible_ptr,
-            position_ptr,
-            sim_ptr,
-            n_valid_ptr,
-            tier_ptr,
-            K,
-            KP,
-            LISTS,
-            TIERS,
-        )
+    """The same in fixed-order float64, ties to the later behaviour, for the rows that carry this flag.
+
+    Few do, so that a program looks through many rows.
+    """
+    for row in range(tl.program_id(0), rows, tl.num_programs(0)):
+        if tl.load(flag_ptr + row) == FLAG:
+            count = tl.load(count_ptr + row)
+            base = tl.load(offset_ptr + tl.load(group_ptr + row))
+            slot = tl.arange(0, P)
+            listed = slot < count
+            at = tl.load(place_ptr + row * STRIDE + slot, mask=listed, other=0)
+            one = tl.zeros([1], tl.int32) + row
+            dot = _lane_dots(history_ptr, base + at, listed, candidate_ptr, one, one >= 0, D, P, tl.float64)
+            inverse_n = tl.load(inverse_n_ptr + base + at, mask=listed, other=0.0)
+            sim = dot * tl.load(inverse_c_ptr + one) * inverse_n
+            usable = listed & (inverse_n > 0) & (sim != 0)
+            sim = tl.where(usable, sim, -4.0)
+            later = (sim[None, :] == sim[:, None]) & (at[None, :] > at[:, None])
+            above = ((sim[None, :] > sim[:, None]) | later) & usable[None, :]
+            before = tl.sum(above.to(tl.int32), axis=1)
+            best = usable & (before < K)
+            _write(
+                row,
+                at,
+                sim.to(tl.float32),
+                best,
+                before,
+                base,
+                with_vector_ptr,
+                visible_ptr,
+                position_ptr,
+                sim_ptr,
+                n_valid_ptr,
+                tier_ptr,
+                K,
+                KP,
+                LISTS,
+                TIERS,
+            )
 
 
 @triton.jit

@@ -30,12 +30,12 @@ class Tiling:
     """Shapes of the product, for an H100 or H200 at up to 128 dims; any of them gives the same result."""
 
     block_m: int = 128
-    block_n: int = 128
-    split: int = 2  # groups of behaviours = split * block_n, well above K
+    block_n: int = 64
+    split: int = 4  # groups of behaviours = split * block_n, well above K
     warps: int = 8
     stages: int = 3
     narrow: int = 64  # listed behaviours that the float32 pass takes
-    rank_warps: int = 1
+    rank_warps: int = 2
     list_rows: int = 1
     list_warps: int = 1
 
@@ -44,7 +44,7 @@ class Tiling:
         """What fits in the 227 KB of a multiprocessor's shared memory."""
         if width <= 128:
             return cls()
-        return cls(stages=2) if width <= 256 else cls(block_m=64, block_n=64, stages=2, narrow=128)
+        return cls(stages=2) if width <= 256 else cls(block_m=64, stages=1)
 
 
 class Prepared(NamedTuple):
@@ -259,8 +259,9 @@ def rank(
         tier_MN=torch.empty((rows, TIERS) if tiers else (0, TIERS), dtype=torch.uint8, device=device),
         flag_M=torch.empty(rows, dtype=torch.int32, device=device),
     )
-    # Sums of width / 16 and of 16 terms in any order, then lengths: each operation rounds once.
-    error = (width // LANES + 22) * 2.0**-24
+    # Sums of 8, of PART / 8 and of the parts, in any order, then lengths: each operation rounds once.
+    part = min(32, width)
+    error = (8 + part // 8 + width // part + 6) * 2.0**-24
     narrow = min(tiling.narrow, LISTED)
     tables = (
         asked.rows.raw_ND, past.rows.raw_ND, asked.rows.inverse_N, past.rows.inverse_N, past.with_vector_N,
@@ -276,9 +277,10 @@ def rank(
         "TIERS": tiers,
     }
     if rows:
-        kernels.rank[(rows,)](*tables, error, P=narrow, num_warps=tiling.rank_warps, **shape)
-        kernels.rank_exactly[(rows,)](*tables, P=narrow, FLAG=1, num_warps=2, **shape)
-        kernels.rank_exactly[(rows,)](*tables, P=LISTED, FLAG=2, num_warps=4, **shape)
+        kernels.rank[(rows,)](*tables, error, P=narrow, PART=part, num_warps=tiling.rank_warps, **shape)
+        few = (min(rows, 2048),)
+        kernels.rank_exactly[few](*tables, rows, P=narrow, FLAG=1, num_warps=2, **shape)
+        kernels.rank_exactly[few](*tables, rows, P=LISTED, FLAG=2, num_warps=4, **shape)
     return found
 
 
