@@ -175,12 +175,19 @@ def describe(rules: Contract) -> str:
 
 
 def check_times(table: Table, rules: Contract) -> None:
-    """Refuse milliseconds in an epoch column: read as seconds they are the year 50,000."""
+    """Refuse what is no time: milliseconds in an epoch column, which are the year 50,000, or fill values."""
     for column in rules.columns:
         dtype = table.schema.get(column.name)
         if column.kind != "time" or dtype is None or dtype.is_temporal():
             continue
-        latest = table.scan([column.name]).select(pl.col(column.name).max()).collect().item()
+        time = pl.col(column.name)
+        span = table.scan([column.name]).select(time.min().alias("earliest"), time.max().alias("latest"))
+        earliest, latest = span.collect().row(0)
+        if earliest is not None and earliest < -LATEST_SECOND:
+            raise ContractError(
+                f"{table.path}: column `{column.name}` reaches {earliest}, which is not epoch seconds",
+                "is it a fill value? drop those rows or set them null",
+            )
         if latest is not None and latest > LATEST_SECOND:
             raise ContractError(
                 f"{table.path}: column `{column.name}` reaches {latest}, which is not epoch seconds",
