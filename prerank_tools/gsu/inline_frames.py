@@ -11,7 +11,7 @@ import polars as pl
 from prerank_tools.gsu.frames import flat_requests, search_of
 from prerank_tools.gsu.search import RECENT, Backend, topk
 from prerank_tools.gsu.search_numba import count_tiers
-from prerank_tools.gsu.vectors import ItemVectors
+from prerank_tools.gsu.vector_frames import ItemVectors
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from prerank_tools.errors import ContractError, UsageError
 from prerank_tools.gsu.frames import Search, flat_requests, search_of
 from prerank_tools.gsu.modes import topk_by_ids, topk_by_prefix
-from prerank_tools.gsu.output import Emit, gsu_frame
+from prerank_tools.gsu.output_frames import Emit, gsu_frame
 from prerank_tools.gsu.search import TopK, topk
 from prerank_tools.gsu.simtier import TIERS
 from prerank_tools.gsu.two_step import Index, Recall, TwoStepConfig, topk_two_step
-from prerank_tools.gsu.vectors import ItemVectors, is_large, map_vectors, open_mapped, read_vectors
+from prerank_tools.gsu.vector_frames import ItemVectors, is_large, map_vectors, open_mapped, read_vectors
 from prerank_tools.stage import Context, Part, Shard, Stage
 from prerank_tools.tables.bucketing import hash_ids
 from prerank_tools.tables.contracts import split_rows
@@ -357,6 +357,6 @@ def _candidates(ctx: Context) -> int:
 
 
 def _held(ctx: Context, role: str) -> int:
-    from prerank_tools.gsu.vectors import MAPPED_BYTES, row_bytes
+    from prerank_tools.gsu.vector_frames import MAPPED_BYTES, row_bytes
 
     return min(MAPPED_BYTES, ctx.table(role).rows * row_bytes(ctx.table(role)))

@@ -16,11 +16,9 @@ from hypothesis import strategies as st
 from prerank_cli.main import call
 from prerank_tools.errors import ContractError, GateError, UsageError
 from prerank_tools.gsu import stage as gsu_stage
-from prerank_tools.gsu import vectors
-from prerank_tools.gsu.inline_frames import simtier_for
+from prerank_tools.gsu import vector_frames
 from prerank_tools.gsu.stage import GsuConfig, GsuTopK
 from prerank_tools.gsu.two_step import TwoStepConfig
-from prerank_tools.gsu.vectors import held_vectors
 from prerank_tools.run.job import RunOptions, run
 from prerank_tools.tables.vectors import numpy_to_vectors
 
@@ -192,7 +190,7 @@ def test_slices_of_a_bucket_and_workers_give_the_same_rows(
 def test_a_mapped_catalogue_gives_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stage = random_stage(tmp_path)
     held = rows_of(stage, tmp_path / "held")
-    monkeypatch.setattr(vectors, "MAPPED_BYTES", 0)
+    monkeypatch.setattr(vector_frames, "MAPPED_BYTES", 0)
     assert rows_of(stage, tmp_path / "mapped").equals(held)
     assert not (tmp_path / "mapped" / "_tmp").exists()
 
@@ -222,21 +220,6 @@ def random_stage(folder: Path, **more: Any) -> GsuTopK:
         ),
         **more,
     )
-
-
-def test_stored_rows_are_those_of_the_inline_function(tmp_path: Path) -> None:
-    stage = random_stage(tmp_path)
-    frame = rows_of(stage, tmp_path / "gsu")
-    table = pl.read_parquet(stage.embeddings)
-    tiers = simtier_for(
-        pl.read_parquet(stage.requests),
-        pl.read_parquet(stage.events),
-        held_vectors(table["item_id"], np.array(table["embedding"].to_list(), dtype=np.float16)),
-    )
-    assert frame.select("request_id", "item_id").equals(tiers.asked.select("request_id", "item_id"))
-    assert frame["simtier"].to_list() == tiers.simtier_RN.tolist()
-    assert frame["simtier_recent"].to_list() == tiers.recent_RN.tolist()
-    assert frame["n_valid"].to_list() == tiers.n_valid_R.tolist()
 
 
 def test_sim_hard_takes_the_latest_of_the_same_category(tmp_path: Path) -> None:
