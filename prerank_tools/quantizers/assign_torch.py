@@ -177,10 +177,9 @@ def bounds(level: int, levels: Levels) -> tuple[float, float, float]:
     """(a, b, c): a score errs by at most a |r| + b |x| + c |lost|.
 
     Rounded codes meet the residual r. Products of float16 are exact in float32; their D sums lose 2^-24 each,
-    or 2^-23 each where a tensor core truncates, which adds at least four products at a time. What float16
-    took from x meets the codes.
+    up to 2^-22 where a tensor core truncates after aligning. What float16 took from x meets the codes.
     """
-    sums = (levels.shape[2] / 2 + 64) * 2.0**-23
+    sums = (levels.shape[2] + 64) * 2.0**-22
     largest = levels.largest[level]
     return 2.02 * levels.rounding[level], 2.02 * sums * largest, 2.02 * largest
 
