@@ -112,7 +112,7 @@ def report(spent: Times, rows: int, notes: Sequence[str]) -> str:
         f"One minute's load when it ended: {os.getloadavg()[0]:.1f}. Waiting for a busy core is not in the "
         "processor's seconds.",
         "",
-        "| variant | titles/s | against the default | its bf16 | processor s | against the default | wall s |",
+        "| variant | titles/s | against the default | its bf16 | processor s | by those | wall s |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, (seconds, processor) in median.items():
