@@ -110,7 +110,7 @@ def report(spent: Times, rows: int, notes: Sequence[str]) -> str:
         "trust the ratios.",
         "",
         f"One minute's load when it ended: {os.getloadavg()[0]:.1f}. Waiting for a busy core is not in the "
-        "processor's seconds.",
+        "processor's seconds, a thread spinning until the other is done is.",
         "",
         "| variant | titles/s | against the default | its bf16 | processor s | by those | wall s |",
         "|---|---|---|---|---|---|---|",
