@@ -30,6 +30,7 @@ from prerank_tools.encoders.pair_batches import FeatureContents, FeatureEncoder,
 from prerank_tools.encoders.pretrain import EncoderTraining, Split, TrainEncoderConfig, pretrain
 
 CANDIDATES = 500
+WEIGHTS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 LAMBDAS = (0.03, 0.1, 0.3, 1.0, 3.0)
 METRICS = ("acc@1", "acc@5", "recall@10")
 SCL = {"momentum": 0.99}
@@ -39,9 +40,10 @@ LADDER: dict[str, dict[str, Any]] = {
     "+ bank + triplet (mined)": {**SCL, "triplet_weight": 0.5},
 }
 BATCHES = {128: (20, 1e-3), 32: (15, 5e-4)}  # batch size -> epochs, learning rate
-SIMPLE = ("frozen", "linear map", "halves", "halves bare")
+SIMPLE = ("frozen", "linear map", "halves", "halves bare", "weighted", "weighted bare")
 STEPS = [f"{name} @128" for name in LADDER] + [f"{name} @32" for name in list(LADDER)[:2]]
-NAMES = (*SIMPLE, *STEPS[:3], "bare", *STEPS[3:])
+NEEDED = (*SIMPLE, *STEPS[:2], "bare")
+NAMES = (*NEEDED, *STEPS[2:])
 
 
 def main() -> None:
@@ -67,7 +69,7 @@ def main() -> None:
         runs[f"{name}|{seed}"] = job(items, features, name, seed)
         kept.write_text(json.dumps(runs))
         print(name, seed, runs[f"{name}|{seed}"], flush=True)
-    if set(NAMES) - set(STEPS[3:]) <= finished(runs, words.seeds):
+    if finished(runs, words.seeds).issuperset(NEEDED):
         words.out.write_text(page(runs, words.seeds, len(items), words.threads))
     if left := len(missing) - len(missing[: words.runs]):
         sys.exit(f"{left} runs left: call again")
@@ -131,14 +133,19 @@ class Fold:
         nothing = np.zeros(len(self.test), dtype=bool)
         image = encoder(self.contents.inputs(self.test, nothing))
         title = encoder(self.contents.inputs(self.test + len(self.text_ND)))
-        fused = encoder(self.contents.inputs(self.unseen))
+        hidden = np.zeros(len(self.unseen), dtype=bool)
+        by_part = {
+            "knn": self.contents.inputs(self.unseen),
+            "knn text": self.contents.inputs(self.unseen + len(self.text_ND)),
+            "knn image": self.contents.inputs(self.unseen, hidden),
+        }
         found = {f"i2t {name}": value for name, value in retrieval(image, title).items()}
         found |= {f"t2i {name}": value for name, value in retrieval(title, image).items()}
-        return found | {"knn": self.same_type(fused)}
+        return found | {name: self.same_type(encoder(inputs)) for name, inputs in by_part.items()}
 
-    def same_type(self, x_ND: torch.Tensor) -> float:
-        """Mean share of the same article type among the 10 nearest of each unseen item."""
-        kind = torch.from_numpy(self.type_N[self.unseen])
+    def same_type(self, x_ND: torch.Tensor, rows: np.ndarray | None = None) -> float:
+        """Mean share of the same article type among the 10 nearest of each unseen item (or of `rows`)."""
+        kind = torch.from_numpy(self.type_N[self.unseen if rows is None else rows])
         cosine = x_ND @ x_ND.T
         cosine.fill_diagonal_(-2)
         return float((kind[cosine.topk(10).indices] == kind[:, None]).float().mean())
@@ -158,6 +165,8 @@ def job(items: pl.DataFrame, features: Mapping[str, np.ndarray], name: str, seed
         return linear_map(fold)
     if name.startswith("halves"):
         return halves(fold)
+    if name.startswith("weighted"):
+        return weighted(fold)
     step, size = name.split(" @") if "@" in name else ("+ bank", "128")
     return trained(fold, LADDER[step], int(size))
 
@@ -208,6 +217,18 @@ def halves(fold: Fold) -> dict[str, float]:
     return {name: fold.same_type(x) for name, x in vectors.items()}
 
 
+def weighted(fold: Fold) -> dict[str, float]:
+    """Frozen concatenation with the text at a weight that is best on as many items of the training groups."""
+
+    def vectors(rows: np.ndarray, weight: float) -> torch.Tensor:
+        text, image = (normalize(x[rows], dim=1) for x in (fold.text_ND, fold.image_ND))
+        return normalize(torch.cat([weight * text, image], dim=1), dim=1)
+
+    sample = np.random.default_rng(fold.seed).choice(fold.fit, len(fold.unseen), replace=False)
+    best = max(WEIGHTS, key=lambda weight: fold.same_type(vectors(sample, weight), sample))
+    return {"knn": fold.same_type(vectors(fold.unseen, best)), "weight": best}
+
+
 def finished(runs: Mapping[str, Any], seeds: int) -> set[str]:
     """Names that were run with every seed."""
     return {name for name in NAMES if all(f"{name}|{seed}" in runs for seed in range(seeds))}
@@ -233,21 +254,39 @@ def page(runs: Mapping[str, Any], seeds: int, items: int, threads: int) -> str:
     for one, other in (step for step in ladder if done.issuperset(step)):
         cells = [gain(one, other, f"{way} {metric}") for way in ("i2t", "t2i") for metric in METRICS]
         steps.append(f"| {one} - {other} | {' | '.join(cells)} |")
-    fused = {"halves": of("+ bank @128", "knn"), "halves bare": of("bare", "knn")}
     kinds = [
-        f"| {name} | {interval(of('halves', key))} | {interval(of('halves bare', key))} |"
-        for name, key in (
-            ("MiniLM title", "text"),
-            ("EfficientNet-Lite0 picture", "image"),
-            ("both, concatenated", "concat"),
+        f"| {label} | {' | '.join(interval(of(name, key)) for name in ('halves', 'halves bare'))} |"
+        for label, key in (
+            ("MiniLM title, frozen", "text"),
+            ("EfficientNet-Lite0 picture, frozen", "image"),
+            ("both, frozen, concatenated", "concat"),
         )
     ]
-    kinds.append("| SCL fusion (+ bank @128) | " + " | ".join(map(interval, fused.values())) + " |")
-    better = {name: np.maximum(of(name, "text"), of(name, "image")) for name in fused}
-    concat = {name: np.array(of(name, "concat")) for name in fused}
-    for label, rival in (("better half", better), ("concatenated", concat)):
-        cells = [interval(list(np.array(fused[name]) - rival[name])) for name in fused]
-        kinds.append(f"| SCL fusion - {label} | {' | '.join(cells)} |")
+    cells = [interval(of(name, "knn")) for name in ("weighted", "weighted bare")]
+    kinds.append(f"| both, frozen, text weighted | {' | '.join(cells)} |")
+    learnt = ("+ bank @128", "bare")
+    kinds += [
+        f"| {label} | {' | '.join(interval(of(name, key)) for name in learnt)} |"
+        for label, key in (
+            ("title through the SCL fusion", "knn text"),
+            ("picture through the SCL fusion", "knn image"),
+            ("both through the SCL fusion", "knn"),
+        )
+    ]
+    rivals = {
+        "best single modality of the four": [
+            np.max([of(one, "text"), of(one, "image"), of(two, "knn text"), of(two, "knn image")], axis=0)
+            for one, two in zip(("halves", "halves bare"), learnt, strict=True)
+        ],
+        "frozen concatenation": [np.array(of(name, "concat")) for name in ("halves", "halves bare")],
+    }
+    frozen = [np.maximum(of(name, "text"), of(name, "image")) for name in ("halves", "halves bare")]
+    gains = [of(name, "knn") - one for name, one in zip(("weighted", "weighted bare"), frozen, strict=True)]
+    cells = [interval(list(g)) for g in gains]
+    kinds.append(f"| both, frozen, text weighted - better frozen half | {' | '.join(cells)} |")
+    for label, rival in rivals.items():
+        gains = [np.array(of(name, "knn")) - other for name, other in zip(learnt, rival, strict=True)]
+        kinds.append(f"| both, SCL - {label} | {' | '.join(interval(list(g)) for g in gains)} |")
     columns = [f"{way} {metric}" for way in ("i2t", "t2i") for metric in ("Acc@1", "Acc@5", "R@10")]
     head = f"| | {' | '.join(columns)} |\n{'|---' * 7}|"
     return "\n".join(
