@@ -66,8 +66,8 @@ def sid(
     knobs: dict[str, Any],
 ) -> Any:
     """Assign a semantic ID to every item; without --codebook, fit one and store it with the output."""
+    from prerank_tools.quantizers.fit_stage import SidConfig
     from prerank_tools.quantizers.stage import QuantizeSids
-    from prerank_tools.quantizers.stage_fit import SidConfig
 
     return QuantizeSids(
         embeddings,

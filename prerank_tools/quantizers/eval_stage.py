@@ -19,13 +19,13 @@ from prerank_tools.export.sid_formats import is_export, read_sids
 from prerank_tools.metrics.bootstrap import mean_interval
 from prerank_tools.quantizers.codebook import Quantizer, load_codebook, quantizer_of
 from prerank_tools.quantizers.duplicates import content_groups, duplicate_floor, row_hashes
+from prerank_tools.quantizers.fit_stage import read_vectors
 from prerank_tools.quantizers.level_means import LevelMeans, fit_level_means
 from prerank_tools.quantizers.neighbours import nearest_rows, neighbour_recall, sample_rows
 from prerank_tools.quantizers.residuals import comparable
 from prerank_tools.quantizers.sid_keys import pack_codes, unpack_codes
 from prerank_tools.quantizers.sid_meaning import behavior_lift, prefix_meaning
 from prerank_tools.quantizers.sid_metrics import Reconstruction, SidCounts
-from prerank_tools.quantizers.stage_fit import read_vectors
 from prerank_tools.quantizers.verdict import advise_sizes, compare, judge
 from prerank_tools.tables.bucketing import hash_ids
 from prerank_tools.tables.table import Table, open_table, shards_of

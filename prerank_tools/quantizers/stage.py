@@ -16,9 +16,9 @@ from prerank_tools.quantizers.codebook import Codebook, Quantizer, load_codebook
 from prerank_tools.quantizers.collisions import Policy
 from prerank_tools.quantizers.drift import match_codebook
 from prerank_tools.quantizers.duplicates import row_hashes
+from prerank_tools.quantizers.fit_stage import SidConfig, fit_codebook, known_items, read_vectors
+from prerank_tools.quantizers.publish_stage import Settled, hold_drift, ledger_to, settle
 from prerank_tools.quantizers.residuals import level_errors, prepared
-from prerank_tools.quantizers.stage_fit import SidConfig, fit_codebook, known_items, read_vectors
-from prerank_tools.quantizers.stage_publish import Settled, hold_drift, ledger_to, settle
 from prerank_tools.stage import Context, Part, Shard, Stage
 from prerank_tools.tables.table import Table, shards_of
 from prerank_tools.tables.vectors import numpy_to_vectors

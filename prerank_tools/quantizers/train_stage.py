@@ -14,13 +14,13 @@ from pydantic import Field, model_validator
 
 from prerank_tools.errors import ContractError, UsageError
 from prerank_tools.quantizers.codebook import Codebook, Quantizer, load_codebook, quantizer_class
+from prerank_tools.quantizers.fit_stage import SidConfig, fit_codebook, known_items, sample_vectors
 from prerank_tools.quantizers.fsq import FSQConfig, RKMeansFSQ
 from prerank_tools.quantizers.residuals import comparable
 from prerank_tools.quantizers.rkmeans_plus import RKMeansPlus, RKMeansPlusConfig
 from prerank_tools.quantizers.rqvae import RQVAE
 from prerank_tools.quantizers.rqvae_net import RQVAEConfig
 from prerank_tools.quantizers.sid_metrics import Reconstruction, SidCounts
-from prerank_tools.quantizers.stage_fit import SidConfig, fit_codebook, known_items, sample_vectors
 from prerank_tools.quantizers.verdict import judge
 from prerank_tools.stage import Context, Stage
 from prerank_tools.tables.table import Table

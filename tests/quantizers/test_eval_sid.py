@@ -12,10 +12,10 @@ from prerank_tools.errors import ContractError, UsageError
 from prerank_tools.export.sid import ExportSid
 from prerank_tools.quantizers.codebook import load_codebook
 from prerank_tools.quantizers.eval_stage import EvalInputs, evaluate_sids
+from prerank_tools.quantizers.fit_stage import SidConfig
 from prerank_tools.quantizers.level_means import fit_level_means
 from prerank_tools.quantizers.rkmeans import RKMeans
 from prerank_tools.quantizers.stage import QuantizeSids
-from prerank_tools.quantizers.stage_fit import SidConfig
 from prerank_tools.quantizers.train_stage import TrainQuantizer, TrainQuantizerConfig
 from prerank_tools.run.job import RunOptions, run
 from prerank_tools.tables.parquet import write_parquet

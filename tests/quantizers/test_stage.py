@@ -14,8 +14,8 @@ import pytest
 from prerank_tools.errors import ContractError, GateError, UsageError
 from prerank_tools.quantizers.assign import assign_exact
 from prerank_tools.quantizers.codebook import load_codebook
+from prerank_tools.quantizers.fit_stage import SidConfig
 from prerank_tools.quantizers.stage import QuantizeSids
-from prerank_tools.quantizers.stage_fit import SidConfig
 from prerank_tools.run.job import Result, RunOptions, run
 from prerank_tools.tables.table import open_table
 from prerank_tools.tables.vectors import numpy_to_vectors, vectors_to_numpy

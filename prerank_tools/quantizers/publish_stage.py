@@ -15,11 +15,11 @@ from prerank_tools.quantizers.codebook import Codebook, quantizer_of, token
 from prerank_tools.quantizers.collisions import EMPTY, Ledger, Policy, Resolved, resolve
 from prerank_tools.quantizers.drift import churn, measure_drift
 from prerank_tools.quantizers.duplicates import content_groups, duplicate_floor
+from prerank_tools.quantizers.fit_stage import SidConfig, vectors_of
 from prerank_tools.quantizers.last_level import LastDistances
 from prerank_tools.quantizers.residuals import last_distances
 from prerank_tools.quantizers.sid_keys import pack_codes
 from prerank_tools.quantizers.sid_metrics import SidCounts
-from prerank_tools.quantizers.stage_fit import SidConfig, vectors_of
 from prerank_tools.stage import Context
 from prerank_tools.tables.vectors import vectors_to_numpy
 
