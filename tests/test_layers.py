@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 TOOLS = ROOT / "prerank_tools"
 # Domain files that may hold frames: a stage, and the frames that stages share.
-STAGE_FILE = re.compile(r"(^|_)(stage|frames)\.py$")
+STAGE_FILE = re.compile(r"(^|_)(stage|frames)\.py$|^stage_")
 
 
 def imports(path: Path) -> set[str]:
