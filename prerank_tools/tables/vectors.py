@@ -10,6 +10,7 @@ import polars as pl
 
 from prerank_tools.errors import ContractError
 
+ROWS_IN_CACHE = 512
 # Outside of these a length squared leaves float32: distances turn infinite, unit vectors NaN.
 SHORTEST, LONGEST = 1e-18, 1e18
 
@@ -59,8 +60,7 @@ def faulty_vectors(series: pl.Series) -> pl.Series:
     if not null_N.all():
         x_ND = vectors_to_numpy(series.filter(~series.is_null()))
         rows_N = np.flatnonzero(~null_N)
-        # A sum of absolute values is zero for a zero row, not finite for a bad one: one pass over the rows.
-        mass_N = np.abs(x_ND.astype(np.float32, copy=False)).sum(1, dtype=np.float64)
+        mass_N = _masses(x_ND)
         for row in rows_N[~np.isfinite(mass_N)]:
             reasons[row] = "vector holds NaN or infinity"
         for row in rows_N[mass_N == 0]:
@@ -69,3 +69,16 @@ def faulty_vectors(series: pl.Series) -> pl.Series:
         for row in rows_N[out_N]:
             reasons[row] = f"vector is out of scale (below {SHORTEST:g} or above {LONGEST:g})"
     return pl.Series("reason", reasons, dtype=pl.String)
+
+
+def _masses(x_ND: np.ndarray) -> np.ndarray:
+    """Sum of absolute values of each row: zero for a zero row, not finite for a bad one."""
+    mass_N = np.empty(len(x_ND), dtype=np.float64)
+    with np.errstate(over="ignore", invalid="ignore"):
+        for start in range(0, len(x_ND), ROWS_IN_CACHE):
+            block_ND = x_ND[start : start + ROWS_IN_CACHE].astype(np.float32, copy=False)
+            mass_N[start : start + ROWS_IN_CACHE] = np.abs(block_ND).sum(axis=1)
+    # A sum of float32 may overflow where the row itself does not.
+    large_N = ~np.isfinite(mass_N)
+    mass_N[large_N] = np.abs(x_ND[large_N].astype(np.float64)).sum(axis=1)
+    return mass_N
