@@ -54,10 +54,9 @@ class Rows:
 
     half_nD: torch.Tensor  # float16 operand
     lost_n: torch.Tensor | None  # bound on what float16 took from it; None where nothing
-    length_n: torch.Tensor  # bound on its norm, once `measured`
-    square_n: torch.Tensor  # bound on the squared norm of the residual at the level at hand, once `measured`
+    length_n: torch.Tensor  # bound on its norm
+    square_n: torch.Tensor  # bound on the squared norm of the residual at the level at hand
     guessed: Guessed
-    measured: bool = True
 
 
 @dataclass(frozen=True)
@@ -145,11 +144,9 @@ def guess(x_nD: torch.Tensor, levels: Levels, nearest: Nearest) -> Guessed:
 def _rows(x_nD: torch.Tensor, levels: Levels, guessed: Guessed, level: int) -> Rows:
     """The operand of a level: x, or what the levels above it left of x."""
     if x_nD.dtype in (torch.float16, torch.int8) and level == 0 and levels.scale == 1.0:
-        space = torch.empty(2, len(x_nD), device=x_nD.device)
-        rows = Rows(x_nD.half(), None, space[0], space[1], guessed, measured=False)
-        if levels.wide:
-            measure(rows)
-        return rows
+        half_nD = x_nD.half().contiguous()
+        length_n = _lengths(half_nD, levels) * 1.001
+        return Rows(half_nD, None, length_n, length_n.square(), guessed)
     if _has_kernels(levels):
         from prerank_tools.quantizers.assign_triton import residual_triton
 
@@ -166,11 +163,12 @@ def _rows(x_nD: torch.Tensor, levels: Levels, guessed: Guessed, level: int) -> R
     return Rows(half_nD, lost_n, length_n, length_n.square(), guessed)
 
 
-def measure(rows: Rows) -> None:
-    """Fill in the lengths, where the kernel of a level does not do so on its way."""
-    rows.length_n.copy_(torch.linalg.vector_norm(rows.half_nD, dim=1, dtype=torch.float32) * 1.001)
-    rows.square_n.copy_(rows.length_n.square())
-    rows.measured = True
+def _lengths(half_nD: torch.Tensor, levels: Levels) -> torch.Tensor:
+    if _has_kernels(levels):
+        from prerank_tools.quantizers.assign_triton import lengths_triton
+
+        return lengths_triton(half_nD)
+    return torch.linalg.vector_norm(half_nD, dim=1, dtype=torch.float32)
 
 
 def bounds(level: int, levels: Levels) -> tuple[float, float, float]:
@@ -199,8 +197,6 @@ def _has_kernels(levels: Levels) -> bool:
 
 def nearest_torch(rows: Rows, levels: Levels, level: int, first: int) -> None:
     """One level without a kernel: scores in memory, their three least."""
-    if not rows.measured:
-        measure(rows)
     step = max(1, SCORE_CELLS // levels.shape[1])
     for start in range(0, len(rows.half_nD), step):
         _nearest_block(rows, slice(start, start + step), levels, level, first)

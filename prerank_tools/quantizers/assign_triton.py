@@ -57,14 +57,12 @@ def nearest_triton(
         K=size,
         FIRST=first,
         EARLIER=level - first,
-        MEASURED=rows.measured,
         BN=cut.rows,
         BK=min(cut.codes, size),
         BD=cut.dims,
         num_warps=cut.warps,
         num_stages=cut.stages,
     )
-    rows.measured = True
 
 
 @triton.jit
@@ -89,7 +87,6 @@ def _nearest_kernel(
     K: tl.constexpr,
     FIRST: tl.constexpr,
     EARLIER: tl.constexpr,
-    MEASURED: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
     BD: tl.constexpr,
@@ -97,12 +94,10 @@ def _nearest_kernel(
     row = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     live = row < n
     row = tl.minimum(row, n - 1)  # rows past the end repeat the last one: loads need no mask
-    square = tl.zeros((BN,), tl.float32)
-    error = tl.zeros((BN,), tl.float32)
-    length = tl.zeros((BN,), tl.float32)
-    if MEASURED:
-        square = tl.load(square_ptr + row)
-        error = a * tl.sqrt(square) + b * tl.load(length_ptr + row) + c * tl.load(lost_ptr + row) + 1e-12
+    square = tl.load(square_ptr + row)
+    error = a * tl.sqrt(square) + b * tl.load(length_ptr + row) + c * tl.load(lost_ptr + row) + 1e-12
+    # The offset keeps distances positive: their bits are then ordered as integers.
+    offset = square * (1.0 + 1.0 / (1 << 20)) + error
     dim = tl.arange(0, BD)
     column = tl.arange(0, BK)
     best = tl.full((BN,), LARGEST, tl.int32)
@@ -112,20 +107,10 @@ def _nearest_kernel(
     runner = tl.zeros((BN,), tl.int32)
     for tile in range(0, K, BK):
         sum = tl.zeros((BN, BK), tl.float32)
-        mass = tl.zeros((BN,), tl.float32)
         for d in range(0, D, BD):
             x = tl.load(x_ptr + row[:, None] * D + (d + dim)[None, :])
             y = tl.load(c_ptr + (tile + column)[None, :] * D + (d + dim)[:, None])
             sum = tl.dot(x, y, sum)
-            if not MEASURED:
-                wide = x.to(tl.float32)
-                mass += tl.sum(wide * wide, axis=1)
-        if not MEASURED:
-            length = tl.sqrt(mass) * 1.001
-            square = length * length
-            error = (a + b) * length + 1e-12
-        # The offset keeps distances positive: their bits are then ordered as integers.
-        offset = square * (1.0 + 1.0 / (1 << 20)) + error
         sum += tl.load(norm_ptr + tile + column)[None, :]
         for earlier in tl.static_range(EARLIER):
             before = tl.load(codes_ptr + row * L + FIRST + earlier)
@@ -161,8 +146,26 @@ def _nearest_kernel(
     tl.store(runner_ptr + row * L + level, runner, mask=live)
     tl.store(doubt_ptr + row, doubt, mask=live)
     tl.store(square_ptr + row, least * (1.0 + 4.0 * BK / (1 << 23)), mask=live)
-    if not MEASURED:
-        tl.store(length_ptr + row, length, mask=live)
+
+
+def lengths_triton(half_nD: torch.Tensor) -> torch.Tensor:
+    """Norms (n,) float32 in one pass at the speed of memory."""
+    length_n = torch.empty(len(half_nD), device=half_nD.device)
+    dims = half_nD.shape[1]
+    cut = {"D": dims, "BN": 8, "BD": triton.next_power_of_2(dims)}
+    _lengths_kernel[(triton.cdiv(len(half_nD), 8),)](half_nD, length_n, len(half_nD), **cut)
+    return length_n
+
+
+@triton.jit
+def _lengths_kernel(
+    x_ptr: tl.tensor, length_ptr: tl.tensor, n: tl.tensor, D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr
+) -> None:
+    row = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+    dim = tl.arange(0, BD)
+    inside = (row < n)[:, None] & (dim < D)[None, :]
+    x = tl.load(x_ptr + row[:, None] * D + dim[None, :], mask=inside, other=0.0).to(tl.float32)
+    tl.store(length_ptr + row, tl.sqrt(tl.sum(x * x, axis=1)), mask=row < n)
 
 
 def residual_triton(x_nD: torch.Tensor, guessed: Guessed, levels: Levels, level: int) -> Rows:
