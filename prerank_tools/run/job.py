@@ -96,7 +96,10 @@ def run(stage: Stage, out: Path, options: RunOptions) -> Result:
 def _run(stage: Stage, out: Path, options: RunOptions) -> Result:
     single = out.suffix == ".parquet" and stage.kind == "table"
     if single and (stage.folder_only or stage.tables):
-        raise UsageError(f"{out}: {stage.name} stores more than one table", "name a folder with -o")
+        raise UsageError(
+            f"{out}: {stage.name} stores more than one table here, or a model beside it",
+            "name a folder with -o",
+        )
     inputs = open_inputs(stage)
     work = fingerprint(stage, inputs)
     partial = out.parent / f".{out.name}.partial"
