@@ -49,8 +49,7 @@ def lane_dot(typingctx: Any, x_VD: Any, x_row: Any, y_VD: Any, y_row: Any) -> An
         with cgutils.for_range(builder, x_steps, intp=_I64) as loop:
             x_L = _load(builder, signature.args[0].dtype, x, loop.index)
             y_L = _load(builder, signature.args[2].dtype, y, loop.index)
-            # A product of two stored values is exact in float64, so a fused step rounds as two would.
-            builder.store(builder.fma(x_L, y_L, builder.load(total)), total)
+            builder.store(builder.fadd(builder.load(total), builder.fmul(x_L, y_L)), total)
         return _halving_sum(builder, builder.load(total))
 
     return types.float64(x_VD, types.int64, y_VD, types.int64), codegen
