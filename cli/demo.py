@@ -165,10 +165,8 @@ def tables(out: Path) -> Iterator[Step]:
     yield made(out, "split", "data split", (events, "--at", T), halves)
     yield made(out, "events", "data partition", (events, "--buckets", "4"), lambda told: "4 buckets of users")
     log, pool = str(out / "events"), ("--items", items)
-    yield made(
-        out, "learn", "data requests", (log, *pool, "--from", T0, "--until", T), lambda told: popularity(told)
-    )
-    yield made(out, "held_out", "data requests", (log, *pool, "--from", T), lambda told: popularity(told))
+    yield made(out, "learn", "data requests", (log, *pool, "--from", T0, "--until", T), popularity)
+    yield made(out, "held_out", "data requests", (log, *pool, "--from", T), popularity)
 
 
 def items_to_sids(out: Path) -> Iterator[Step]:
@@ -222,7 +220,7 @@ def behaviour(out: Path) -> Iterator[Step]:
     """What of each user's past resembles each candidate, and statistics of the past."""
     requests, log = ("--requests", str(out / "held_out")), ("--events", str(out / "events"))
     vectors = ("--embeddings", str(out / "emb"))
-    yield made(out, "gsu", "gsu topk", (*requests, *log, *vectors), lambda told: nearest(told))
+    yield made(out, "gsu", "gsu topk", (*requests, *log, *vectors), nearest)
     yield made(out, "features", "data features", (*requests, *log), lambda told: "as of each request's day")
 
 
