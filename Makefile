@@ -12,7 +12,7 @@ test: $(STAMP)
 	$(VENV)/bin/python -m pytest
 
 test-all: $(STAMP)
-	$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[demo,dev,ray]'
+	$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[demo,dev,ray,tensorboard]'
 	$(VENV)/bin/python -m pytest -m 'not gpu'
 
 # mypy reads folders by their installed names, which links supply.

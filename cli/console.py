@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,8 @@ def print_error(fault: Any) -> None:
     place = os.environ.get("PRERANK_ERROR_FILE")
     if place:
         told = {"message": fault.message, "hint": fault.hint, "exit_code": fault.exit_code}
-        Path(place).write_text(json.dumps(told))
+        with suppress(FileExistsError), Path(place).open("x") as file:  # the first to fail; others follow it
+            file.write(json.dumps(told))
         return
     print(f"error: {fault.message}", file=sys.stderr)
     if fault.hint:
@@ -136,10 +138,10 @@ class Progress:
             self.spoke = now
             self.log("shard", done=f"{done}/{total}", rows=record["rows"], seconds=record["seconds"])
 
-    def log(self, event: str, **fields: Any) -> None:
-        """One UTC line on stderr: time, stage, event, fields."""
+    def log(self, event: str, *, at: datetime | None = None, **fields: Any) -> None:
+        """One UTC line on stderr: time (now, or when a worker said it), stage, event, fields."""
         told = " ".join(f"{key}={quoted(value)}" for key, value in fields.items())
-        line = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} INFO {self.name} {event} {told}".rstrip()
+        line = f"{at or datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} INFO {self.name} {event} {told}".rstrip()
         if self.bar is not None:
             self.bar.console.print(line, highlight=False, markup=False, soft_wrap=True)
         else:
@@ -147,6 +149,6 @@ class Progress:
 
 
 def quoted(value: Any) -> str:
-    """A field's value, in quotes where it holds spaces."""
-    text = shown(value)
+    """A field's value on one line, in quotes where it holds spaces."""
+    text = " ".join(shown(value).splitlines())
     return f'"{text}"' if " " in text else text

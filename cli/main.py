@@ -63,6 +63,7 @@ def call(words: Sequence[str]) -> int:
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_IGN)  # once is enough: a second one would meet the way out
     raise Terminated
 
 

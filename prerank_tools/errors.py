@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class PrerankError(Exception):
     """A failure that is reported as `error: ...` and `hint: ...`, never as a traceback."""
@@ -12,10 +14,11 @@ class PrerankError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+        self.events: list[dict[str, Any]] = []  # what the worker that raised it had to say before
 
-    def __reduce__(self) -> tuple[type, tuple[str, str]]:
-        # Workers are other processes: the hint must survive pickling.
-        return type(self), (self.message, self.hint)
+    def __reduce__(self) -> tuple[type, tuple[str, str], dict[str, Any]]:
+        # Workers are other processes: hint and events must survive pickling.
+        return type(self), (self.message, self.hint), {"events": self.events}
 
 
 class UsageError(PrerankError):

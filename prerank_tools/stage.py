@@ -33,6 +33,18 @@ class Shard:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Trial:
+    """A shard that `--dry-run` tries, and how many of its like the work has (0: tried for its memory alone).
+
+    `more_bytes` is memory that the real shard takes beyond this one, where this one is a piece of it.
+    """
+
+    shard: Shard
+    times: float
+    more_bytes: int = 0
+
+
 @dataclass
 class Part:
     """What a shard becomes: its rows of the output, the rows refused with a reason, and counts to add up.
@@ -166,8 +178,23 @@ class Stage:
         return cutoff
 
     def estimate(self, ctx: Context, shards: Sequence[Shard]) -> Mapping[str, Any]:
-        """What `--dry-run` says beyond the number of shards: `bytes_out`, `memory_bytes`."""
+        """What `--dry-run` says beyond the number of shards: `rows_out`, `bytes_out`, `memory_bytes`.
+
+        What is left out is found by trying shards.
+        """
         return {}
+
+    def trials(self, ctx: Context, shards: Sequence[Shard]) -> Sequence[Trial]:
+        """Shards for `--dry-run` to try: the median one for rows and bytes, the largest for its memory."""
+        by_rows = sorted(shards, key=lambda shard: (shard.rows, shard.index))
+        middle, largest = by_rows[len(by_rows) // 2], by_rows[-1]
+        rows = sum(shard.rows for shard in shards)
+        trials = [Trial(middle, rows / middle.rows if middle.rows else len(shards))]
+        return trials if largest.rows <= 1.2 * middle.rows else [*trials, Trial(largest, 0)]
+
+    def prepare_trials(self, ctx: Context, trials: Sequence[Trial]) -> None:
+        """What `process` needs for the trials alone, in a scratch folder; by default all of `prepare`."""
+        self.prepare(ctx)
 
     def lineage(self, ctx: Context) -> Mapping[str, str]:
         """Fingerprints of the spaces the output lives in: {"encoder": ..., "codebook": ...}."""

@@ -51,7 +51,7 @@ LINES = {
     "features": "data features --events log --requests asked",
     "score": "score --requests asked --model scorer --items items --embeddings emb --users uemb --events log",
 }
-IN_TORCHRUN = ("sid, fitted", "gsu")  # a reduce and a plain map; the others take a minute more
+IN_TORCHRUN = ("sid, fitted", "gsu", "score")  # a reduce, a plain map, a model; the others are slow
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +135,7 @@ def cluster() -> Iterator[None]:
     ray = pytest.importorskip("ray")
     paths = os.environ.get("PYTHONPATH", "")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), paths])
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
     os.environ["PYTHONPATH"] = paths

@@ -12,6 +12,7 @@ from typing import Any
 
 import polars as pl
 
+from prerank_tools.errors import ContractError
 from prerank_tools.run.commit import commit_json
 from prerank_tools.stage import Context, Part, Shard, Stage
 from prerank_tools.tables.contracts import split_rows
@@ -116,4 +117,17 @@ class Waiting(Copy):
         if shard.index >= self.at:
             (self.folder / f"waiting{os.getpid()}").touch()
             time.sleep(300)
+        return super().process(shard, ctx)
+
+
+@dataclass(frozen=True)
+class Talking(Copy):
+    """Copy, but every shard has something to say, and shard `fails` fails after it."""
+
+    fails: int = -1
+
+    def process(self, shard: Shard, ctx: Context) -> Part:
+        ctx.log("out_of_memory", rows=shard.rows, next=-(-shard.rows // 2))
+        if shard.index == self.fails:
+            raise ContractError("shard failed", "mend it")
         return super().process(shard, ctx)

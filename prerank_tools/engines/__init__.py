@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
@@ -10,6 +11,12 @@ from prerank_tools.stage import Shard
 
 ENGINES = ("local", "torchrun", "ray")
 Task = Callable[[Shard], dict[str, Any]]
+
+
+def worker_number() -> int:
+    """This process's number among the workers of its job, whatever the engine; 0 where it is the only one."""
+    grouped = "TORCHELASTIC_RUN_ID" in os.environ
+    return int(os.environ.get("RANK" if grouped else "LOCAL_RANK", "0"))
 
 
 def map_shards(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import signal
+import threading
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +36,8 @@ def map_shards(
     waiting = sorted(shards, key=lambda shard: (-shard.rows, shard.index))
     tries = {shard.index: 0 for shard in shards}
     busy: dict[Any, tuple[Any, Shard]] = {}
-    idle = [remote.remote(handed, folder) for _ in range(min(workers, len(waiting)))]
+    number = itertools.count()
+    idle = [remote.remote(handed, folder, next(number)) for _ in range(min(workers, len(waiting)))]
     while waiting or busy:
         while waiting and idle:
             actor, shard = idle.pop(), waiting.pop(0)
@@ -50,7 +54,7 @@ def map_shards(
                     "out of memory? run the line again",
                 ) from fault
             waiting.insert(0, shard)
-            idle.append(remote.remote(handed, folder))
+            idle.append(remote.remote(handed, folder, next(number)))
             continue
         except ray.exceptions.RayTaskError as fault:
             if isinstance(fault.cause, PrerankError):
@@ -63,8 +67,9 @@ def map_shards(
 class _Worker:
     """One actor: it keeps its model between shards and works in the folder where the line was typed."""
 
-    def __init__(self, task: Callable[[Shard], dict[str, Any]], folder: str) -> None:
+    def __init__(self, task: Callable[[Shard], dict[str, Any]], folder: str, number: int) -> None:
         os.chdir(folder)
+        os.environ["LOCAL_RANK"] = str(number)
         self.task = task
 
     def run(self, shard: Shard) -> dict[str, Any]:
@@ -77,5 +82,15 @@ def _connect() -> Any:
     except ImportError as fault:
         raise UsageError("--engine ray: ray is not installed", "pip install 'prerank[ray]'") from fault
     if not ray.is_initialized():
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR", configure_logging=False)
+        stop = signal.getsignal(signal.SIGTERM)
+        # `local` where no cluster is named: Ray alone would join whichever one was started last on this host.
+        ray.init(
+            os.environ.get("RAY_ADDRESS", "local"),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+            configure_logging=False,
+        )
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, stop)  # Ray puts its own, which exits with 15
     return ray

@@ -6,10 +6,13 @@ start the command with torchrun yourself and every rank joins; on one host `--en
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Generator, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -20,6 +23,8 @@ from prerank_tools.stage import Shard
 
 PATIENCE = timedelta(hours=12)  # a codebook may be fitted by rank 0 while the others wait
 ERROR_FILE = "PRERANK_ERROR_FILE"
+PR_SET_PDEATHSIG = 1
+LOOKS_EVERY = 0.05  # seconds
 
 
 def in_group() -> bool:
@@ -38,31 +43,44 @@ def launch(argv: Sequence[str], *, workers: int, error_file: Path) -> None:
     Raises what a rank raised; RetryError where one was killed.
     """
     error_file.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={workers}"]
+    command = [sys.executable, "-m", "prerank_tools.engines.agent", "--standalone"]
     environment = {**os.environ, ERROR_FILE: str(error_file), "LOGLEVEL": "CRITICAL"}
-    ended = subprocess.run(
-        [*command, "-m", "prerank_cli", *argv], env=environment, stdout=subprocess.DEVNULL, check=False
+    agent = subprocess.Popen(
+        [*command, f"--nproc-per-node={workers}", "-m", "prerank_cli", *argv],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        preexec_fn=stop_with_parent,
     )
-    if error_file.is_file():
-        told = json.loads(error_file.read_text())
-        error_file.unlink()
-        fault = PrerankError(told["message"], told["hint"])
-        fault.exit_code = told["exit_code"]
-        raise fault
-    if ended.returncode:
-        raise RetryError("a rank died; the finished shards stay", "run the same line again")
+    try:
+        ended = agent.wait()
+        if error_file.is_file():
+            told = json.loads(error_file.read_text())
+            fault = PrerankError(told["message"], told["hint"])
+            fault.exit_code = told["exit_code"]
+            raise fault
+        if ended:
+            raise RetryError("a rank died; the finished shards stay", "run the same line again")
+    finally:
+        # Told to stop: the agent stops its ranks; killed, it would leave them running.
+        agent.terminate()
+        agent.wait()
+        error_file.unlink(missing_ok=True)
+
+
+def stop_with_parent() -> None:
+    """In a new process: be told to stop when the one that started it dies, whatever kills that."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def announce(indices: Sequence[int] | None) -> None:
     """Rank 0 names the shards that are left; None where there is nothing to do at all."""
-    _store().set("left", json.dumps(indices))
+    if in_group():
+        _store().set("left", json.dumps(indices))
 
 
 def announced() -> list[int] | None:
     """What rank 0 announced; waits for it."""
-    store = _store()
-    store.wait(["left"], PATIENCE)
-    found: list[int] | None = json.loads(store.get("left"))
+    found: list[int] | None = json.loads(_awaited("left"))
     return found
 
 
@@ -84,9 +102,19 @@ def map_shards(
     if rank() == 0:
         for turn in range(len(queue)):
             if turn not in own:
-                store.wait([f"record/{turn}"], PATIENCE)
-                yield json.loads(store.get(f"record/{turn}"))
+                yield json.loads(_awaited(f"record/{turn}"))
     store.add("finished", 1)
+
+
+def _awaited(key: str) -> bytes:
+    """The value of a key once a rank has set it; looked for, since the store's own wait hears no signal."""
+    store, deadline = _store(), time.monotonic() + PATIENCE.total_seconds()
+    while not store.check([key]):
+        if time.monotonic() > deadline:
+            raise RetryError(f"no rank came with {key}", "run the same line again")
+        time.sleep(LOOKS_EVERY)
+    found: bytes = store.get(key)
+    return found
 
 
 def _store() -> Any:

@@ -10,8 +10,9 @@ from typing import Any
 
 import polars as pl
 
-from prerank_tools.errors import RetryError
+from prerank_tools.errors import PrerankError, RetryError
 from prerank_tools.run.commit import commit_file, commit_json, link_file
+from prerank_tools.run.events import Events
 from prerank_tools.run.threads import fix_threads, take_gpu
 from prerank_tools.stage import Context, Part, Shard, Stage
 from prerank_tools.tables.parquet import read_faults, write_parquet
@@ -31,25 +32,43 @@ class Task:
     run: str  # names this run: a process keeps one context a run
 
     def __call__(self, shard: Shard) -> dict[str, Any]:
-        """Process and commit one shard; returns its commit record."""
+        """Process and commit one shard; returns its commit record, and what it had to say as `events`."""
         ctx = _contexts.setdefault(self.run, self.context)
         fix_threads(ctx.threads)
         if ctx.device == "cuda":
             take_gpu()
+        try:
+            record = self._made(shard, ctx)
+        except PrerankError as fault:
+            fault.events = _events(ctx, shard)
+            raise
+        commit_json(ctx.work / "shards" / f"{shard.index:05d}.json", record)
+        return {**record, "events": _events(ctx, shard)}
+
+    def _made(self, shard: Shard, ctx: Context) -> dict[str, Any]:
         started = time.perf_counter()
         with read_faults(shard.path or self.stage.name):
             part = self.stage.process(shard, ctx)
         check_unchanged(ctx)
+        _say_quarantined(part, shard, ctx)
         files = write_part(part, self.stage, ctx.work, self.mapped, shard.index)
-        record = {
+        return {
             "index": shard.index,
             "rows": 0 if part.frame is None else len(part.frame),
             "files": files,
             "counts": {**part.counts, "quarantined": 0 if part.quarantine is None else len(part.quarantine)},
             "seconds": round(time.perf_counter() - started, 4),
         }
-        commit_json(ctx.work / "shards" / f"{shard.index:05d}.json", record)
-        return record
+
+
+def _events(ctx: Context, shard: Shard) -> list[dict[str, Any]]:
+    return ctx.log.take(shard.index) if isinstance(ctx.log, Events) else []
+
+
+def _say_quarantined(part: Part, shard: Shard, ctx: Context) -> None:
+    if part.quarantine is not None and len(part.quarantine):
+        reason = part.quarantine["reason"].mode().min()  # the most frequent
+        ctx.log("quarantine", shard=shard.index, rows=len(part.quarantine), reason=reason)
 
 
 def write_part(part: Part, stage: Stage, work: Path, folder: str, index: int) -> list[dict[str, Any]]:

@@ -6,7 +6,10 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -22,10 +25,12 @@ ROOT = Path(__file__).parent.parent.parent
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     ray = pytest.importorskip("ray")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    paths = os.environ.get("PYTHONPATH", "")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), paths])
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
+    os.environ["PYTHONPATH"] = paths
 
 
 def test_ray_writes_the_bytes_of_one_process(tmp_path: Path, cluster: None) -> None:
@@ -49,40 +54,71 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+@contextmanager
+def two_nodes(folder: Path) -> Iterator[dict[str, str]]:
+    """Two raylets on loopback, started as an operator does; the environment of a driver that joins them."""
+    address = f"127.0.0.1:{free_port()}"
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": paths, "RAY_ADDRESS": address}
+    started = {key: value for key, value in environment.items() if key != "RAY_ADDRESS"}
+    start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=1"]
+    here = ["--node-ip-address=127.0.0.1", "--include-dashboard=false", f"--temp-dir={folder}"]
+    nodes = []
+    try:
+        for role in (["--head", f"--port={address.split(':')[1]}", *here], [f"--address={address}"]):
+            with (folder / f"node-{len(nodes)}.log").open("wb") as told:
+                nodes.append(
+                    subprocess.Popen(
+                        [*start, *role], env=started, stdout=told, stderr=told, start_new_session=True
+                    )
+                )
+            wait_for_nodes(len(nodes), environment)
+        yield environment
+    finally:
+        # Ours alone: `ray stop` would end every cluster of the machine.
+        for node in nodes:
+            node.terminate()
+        for node in nodes:
+            node.wait(timeout=60)
+
+
+def wait_for_nodes(wanted: int, environment: dict[str, str]) -> None:
+    """Until the cluster has as many nodes, of one CPU each."""
+    count = (
+        "import ray; ray.init(log_to_driver=False); "
+        "print(sum(node['Alive'] for node in ray.nodes()), ray.cluster_resources().get('CPU'))"
+    )
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        told = subprocess.run(
+            [sys.executable, "-c", count], env=environment, capture_output=True, text=True, check=False
+        )
+        if told.stdout.split() == [str(wanted), f"{wanted}.0"]:
+            return
+        time.sleep(1)
+    pytest.fail(f"no cluster of {wanted} nodes: {told.stdout} {told.stderr}")
+
+
+def embed(
+    items: Path, out: Path, engine: str, environment: dict[str, str]
+) -> subprocess.CompletedProcess[str]:
+    line = ["embed", "items", str(items), "-o", str(out), "--threads", "1"]
+    return subprocess.run(
+        [sys.executable, "-m", "prerank_cli", *line, "--engine", engine, "--workers", "2"],
+        env=environment,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+
+
 def test_a_cluster_of_two_nodes_embeds_items(tmp_path: Path) -> None:
     pytest.importorskip("ray")
     items = tmp_path / "items"
     for part in range(4):
         write_items(items / f"part-{part}.parquet", 50, first=50 * part)
-    port = free_port()
-    ray = [sys.executable, "-m", "ray.scripts.scripts"]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-        "RAY_ADDRESS": f"127.0.0.1:{port}",
-    }
-    started = {key: value for key, value in environment.items() if key != "RAY_ADDRESS"}
-    head = [*ray, "start", "--head", f"--port={port}", "--num-cpus=1", "--include-dashboard=false"]
-    second = [*ray, "start", f"--address=127.0.0.1:{port}", "--num-cpus=1"]
-    try:
-        for command in (head, second):
-            subprocess.run(command, env=started, check=True, capture_output=True)
-        count = (
-            "import ray; ray.init(log_to_driver=False); "
-            "print(sum(node['Alive'] for node in ray.nodes()), ray.cluster_resources()['CPU'])"
-        )
-        told = subprocess.run(
-            [sys.executable, "-c", count], env=environment, check=True, capture_output=True, text=True
-        )
-        assert told.stdout.split() == ["2", "2.0"]
-        for engine, out in (("local", "one"), ("ray", "two")):
-            command = ["embed", "items", str(items), "-o", str(tmp_path / out), "--threads", "1"]
-            subprocess.run(
-                [sys.executable, "-m", "prerank_cli", *command, "--engine", engine, "--workers", "2"],
-                env=environment,
-                check=True,
-                capture_output=True,
-            )
-        assert tree(tmp_path / "one", below="data") == tree(tmp_path / "two", below="data")
-    finally:
-        subprocess.run([*ray, "stop", "--force"], env=started, capture_output=True)
+    # Not below tmp_path: the name of a socket has room for 107 bytes.
+    with tempfile.TemporaryDirectory(prefix="ray") as short, two_nodes(Path(short)) as environment:
+        embed(items, tmp_path / "one", "local", environment)
+        embed(items, tmp_path / "two", "ray", environment)
+    assert tree(tmp_path / "one", below="data") == tree(tmp_path / "two", below="data")

@@ -101,7 +101,7 @@ def test_a_damaged_part_of_an_unfinished_run_is_made_again(
 ) -> None:
     items = write_items(tmp_path / "items.parquet")
     run(Copy(items), tmp_path / "whole", ONE)
-    monkeypatch.setattr(job, "_publish", lambda *arguments: (_ for _ in ()).throw(OSError(28, "full")))
+    monkeypatch.setattr(job, "publish_output", lambda *arguments: (_ for _ in ()).throw(OSError(28, "full")))
     with pytest.raises(RetryError):
         run(Copy(items), tmp_path / "out", ONE)
     monkeypatch.undo()
