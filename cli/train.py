@@ -8,13 +8,18 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import IO, parse_knobs, stage_command
+from .options import IO, RUN, parse_knobs, stage_command
 from .score import Embeddings, Events, Features, Gsu, Items, Requests, Sids, Users
 from .times import Until
 
 app = typer.Typer(
     name="train", help="Train an encoder, a quantizer, a user model or a scorer.", no_args_is_help=True
 )
+
+Tensorboard = Annotated[
+    Path | None,
+    typer.Option(help="Folder to draw curves in (extra prerank[tensorboard]).", rich_help_panel=RUN),
+]
 
 
 @stage_command(
@@ -40,6 +45,7 @@ def scorer(
     init_from: Annotated[
         Path | None, typer.Option(help="Yesterday's scorer, to go on from.", rich_help_panel=IO)
     ] = None,
+    tensorboard: Tensorboard = None,
     knobs: dict[str, Any] | None = None,
 ) -> Any:
     """Train the three-tower scorer on labelled requests: user, item and cross tower, one head a label.
@@ -53,7 +59,7 @@ def scorer(
         requests, events, items, embeddings, users=users, sids=sids, gsu=gsu, features=features
     )
     config = parse_knobs(TrainScorerConfig, knobs or {})
-    return TrainScorer(paths, until=until, init_from=init_from, config=config)
+    return TrainScorer(paths, until=until, init_from=init_from, config=config, tensorboard=tensorboard)
 
 
 @stage_command(
@@ -72,6 +78,7 @@ def user(
     init_from: Annotated[
         Path | None, typer.Option(help="Yesterday's user model, to go on from.", rich_help_panel=IO)
     ] = None,
+    tensorboard: Tensorboard = None,
     knobs: dict[str, Any] | None = None,
 ) -> Any:
     """Train the LLaTTE user model: each basket is predicted from the history before it, target-free.
@@ -81,7 +88,9 @@ def user(
     from prerank_tools.users.train_stage import TrainUser, TrainUserConfig
 
     config = parse_knobs(TrainUserConfig, knobs or {})
-    return TrainUser(events, embeddings, until=until, init_from=init_from, config=config)
+    return TrainUser(
+        events, embeddings, until=until, init_from=init_from, config=config, tensorboard=tensorboard
+    )
 
 
 @stage_command(
@@ -121,6 +130,7 @@ def encoder(
         Path | None,
         typer.Option(help="Yesterday's encoder, to go on from; it brings its towers.", rich_help_panel=IO),
     ] = None,
+    tensorboard: Tensorboard = None,
     knobs: dict[str, Any] | None = None,
 ) -> Any:
     """Pre-train an item encoder on pairs (SCL): contrastive, with a momentum bank and hard negatives.
@@ -140,6 +150,7 @@ def encoder(
         until=until,
         init_from=init_from,
         config=parse_knobs(TrainEncoderConfig, knobs or {}),
+        tensorboard=tensorboard,
     )
 
 
@@ -175,6 +186,7 @@ def quantizer(
         Path | None,
         typer.Option(help="Yesterday's rqvae or rkmeans-plus codebook, to go on from.", rich_help_panel=IO),
     ] = None,
+    tensorboard: Tensorboard = None,
     knobs: dict[str, Any] | None = None,
 ) -> Any:
     """Fit a codebook for `quantize sid --codebook`: residual k-means, RQ-VAE, FSQ, OPQ or a random control.
@@ -184,4 +196,6 @@ def quantizer(
     from prerank_tools.quantizers.train_stage import TrainQuantizer, TrainQuantizerConfig
 
     config = parse_knobs(TrainQuantizerConfig, {**(knobs or {}), "quantizer": quantizer.value})
-    return TrainQuantizer(embeddings, events=events, until=until, init_from=init_from, config=config)
+    return TrainQuantizer(
+        embeddings, events=events, until=until, init_from=init_from, config=config, tensorboard=tensorboard
+    )

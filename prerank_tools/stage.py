@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from prerank_tools.tables.table import Folder, Table
 
 
+SMALL_ROWS = 50_000  # of a work that --dry-run tries as a whole
+
+
 @dataclass(frozen=True)
 class Shard:
     """The unit of memory, commit, resume and parallelism: rows `offset .. offset + rows` of one input part.
@@ -120,6 +123,7 @@ class Stage:
     output: ClassVar[str] = ""  # name of the output table's contract
     sort_key: ClassVar[tuple[str, ...]] = ()  # rows are sorted by it inside each part
     compression: ClassVar[Literal["zstd", "uncompressed"]] = "zstd"  # "uncompressed" for embedding tables
+    reduce_row_bytes: ClassVar[int] = 0  # memory that `reduce` holds of every row of the input, for --dry-run
     tables: ClassVar[Mapping[str, str]] = {}  # name of a side table in `Part.tables` -> its contract, or ""
 
     def inputs(self) -> Mapping[str, tuple[Path, str]]:
@@ -185,12 +189,22 @@ class Stage:
         return {}
 
     def trials(self, ctx: Context, shards: Sequence[Shard]) -> Sequence[Trial]:
-        """Shards for `--dry-run` to try: the median one for rows and bytes, the largest for its memory."""
-        by_rows = sorted(shards, key=lambda shard: (shard.rows, shard.index))
-        middle, largest = by_rows[len(by_rows) // 2], by_rows[-1]
-        rows = sum(shard.rows for shard in shards)
-        trials = [Trial(middle, rows / middle.rows if middle.rows else len(shards))]
-        return trials if largest.rows <= 1.2 * middle.rows else [*trials, Trial(largest, 0)]
+        """Shards for `--dry-run` to try: all of a small work, else a middle and the largest one of a kind."""
+        if sum(shard.rows for shard in shards) <= SMALL_ROWS:
+            return [Trial(shard, 1) for shard in shards]
+        trials: list[Trial] = []
+        for kind in dict.fromkeys(map(self.kind_of, shards)):
+            alike = [shard for shard in shards if self.kind_of(shard) == kind]
+            by_rows = sorted(alike, key=lambda shard: (shard.rows, shard.index))
+            middle, largest, rows = by_rows[len(by_rows) // 2], by_rows[-1], sum(s.rows for s in alike)
+            trials.append(Trial(middle, rows / middle.rows if middle.rows else len(alike)))
+            if largest.rows > 1.2 * middle.rows:
+                trials.append(Trial(largest, 0))
+        return trials
+
+    def kind_of(self, shard: Shard) -> str:
+        """Shards of one kind stand for each other: their rows make as many rows and bytes."""
+        return ""
 
     def prepare_trials(self, ctx: Context, trials: Sequence[Trial]) -> None:
         """What `process` needs for the trials alone, in a scratch folder; by default all of `prepare`."""

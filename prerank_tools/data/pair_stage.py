@@ -114,6 +114,10 @@ class Pairs(Stage):
         counts = {f"pairs_{kind}": frame.filter(pl.col("kind") == kind).height for kind in self.kinds}
         return Part(frame, quarantine=bad, counts={"rows_in": rows + len(bad), **counts})
 
+    def kind_of(self, shard: Shard) -> str:
+        """Buckets of the log, or rows of the items."""
+        return "events" if "bucket" in shard.extra else "items"
+
     def data_cutoff(self, ctx: Context) -> int | None:
         """The latest event before the cut."""
         if "events" not in ctx.inputs or self.kinds == ("image_title",):

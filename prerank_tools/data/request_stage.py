@@ -127,16 +127,6 @@ class Requests(Stage):
         main = frames.pop(self.negatives)
         return Part(main, quarantine=bad, counts=counts, tables=frames)
 
-    def estimate(self, ctx: Context, shards: Sequence[Shard]) -> Mapping[str, Any]:
-        """Baskets of the period: a request each, unless all its items are unknown."""
-        log, rows = open_events(ctx.table("events")), 0
-        for shard in shards:
-            events, _ = events_and_faults(log, shard.extra["bucket"])
-            bought = _of_action(events, self.action)
-            inside_B, _ = self._inside(basket_codes(bought), bought["timestamp"].to_numpy())
-            rows += int(inside_B.sum())
-        return {"rows_out": rows}
-
     def quality(self, counts: Mapping[str, float], ctx: Context) -> Mapping[str, Any]:
         """Popularity's own AUC inside a request, for each kind: what any model must be seen beside."""
         if not counts["requests"]:

@@ -40,6 +40,7 @@ from prerank_tools.encoders.vocabulary import extend_vocabulary, frequent_words,
 from prerank_tools.errors import ContractError, UsageError
 from prerank_tools.stage import Context, Stage
 from prerank_tools.tables.table import open_table
+from prerank_tools.training.board import check_board, with_board
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class TrainEncoder(Stage):
     until: int | None = None
     init_from: Path | None = None
     config: TrainEncoderConfig = field(default_factory=TrainEncoderConfig)
+    tensorboard: Path | None = None  # where to draw curves
 
     @cached_property
     def sources(self) -> TowerSources:
@@ -89,6 +91,7 @@ class TrainEncoder(Stage):
 
     def check(self, ctx: Context) -> None:
         """Refuse combinations that cannot learn what they name."""
+        check_board(self.tensorboard)
         if self.config.extra_vocab and (self.config.tune == "head" or self.sources.text is None):
             raise UsageError(
                 "extra_vocab: new words need a text model that learns",
@@ -114,7 +117,13 @@ class TrainEncoder(Stage):
         folder = ctx.scratch / "training"
         folder.mkdir(exist_ok=True)
         result, quality = pretrain(
-            encoder, contents, split=split, config=config, folder=folder, device=ctx.device, log=ctx.log
+            encoder,
+            contents,
+            split=split,
+            config=config,
+            folder=folder,
+            device=ctx.device,
+            log=with_board(ctx.log, self.tensorboard),
         )
         encoder.cpu()
         if towers is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -38,12 +38,14 @@ from prerank_tools.encoders.model_choice import Choice, choose_modalities, choos
 from prerank_tools.encoders.saved_models import convert_efficientnet_lite0, copy_model, save_tfidf
 from prerank_tools.encoders.tfidf import fit
 from prerank_tools.errors import ContractError
-from prerank_tools.stage import Context, Part, Shard, Stage
+from prerank_tools.stage import Context, Part, Shard, Stage, Trial
 from prerank_tools.tables.contracts import split_rows
 from prerank_tools.tables.table import open_table, read_shard, shards_of
 
 SHARD_ROWS = 65_536
 IMAGE_SHARD_ROWS = 8_192  # with pictures in the table a row weighs kilobytes
+TRIAL_ROWS = {"tfidf": 8_192, "model": 1_024, "image": 64}  # that --dry-run encodes
+HELD_COPIES, HELD_ROW_BYTES = 3, 6_000  # memory of a row of a shard: copies of its content, vector and tokens
 
 
 @dataclass(frozen=True)
@@ -171,6 +173,17 @@ class EmbedItems(Stage):
     def plan(self, ctx: Context) -> Sequence[Shard]:
         rows = SHARD_ROWS if self.choice.modalities == "text" else IMAGE_SHARD_ROWS
         return shards_of(ctx.table("items"), rows)
+
+    def trials(self, ctx: Context, shards: Sequence[Shard]) -> Sequence[Trial]:
+        """The first rows of the largest shard: a model takes minutes over the whole of it."""
+        largest = max(shards, key=lambda shard: (shard.rows, -shard.index))
+        fits = all(slot.kind == "tfidf" for slot in self.choice.slots)
+        rows = TRIAL_ROWS["image" if self.choice.modalities != "text" else "tfidf" if fits else "model"]
+        head = replace(largest, rows=min(rows, largest.rows))
+        held = read_shard(head, self._columns(ctx)).estimated_size() / max(head.rows, 1)
+        total = sum(shard.rows for shard in shards)
+        more = (largest.rows - head.rows) * (HELD_COPIES * held + HELD_ROW_BYTES)
+        return [Trial(head, total / max(head.rows, 1), int(more))]
 
     def process(self, shard: Shard, ctx: Context) -> Part:
         """Read content, take over what is unchanged, encode the rest."""

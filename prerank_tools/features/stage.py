@@ -81,6 +81,10 @@ class Features(Stage):
         tables = {f"{side}_features": frame, f"{other}_features": empty}
         return Part(frame=None, counts={f"{side}_rows": len(frame)}, tables=tables)
 
+    def kind_of(self, shard: Shard) -> str:
+        """Buckets of users make other rows than buckets of items."""
+        return str(shard.extra["side"])
+
     def data_cutoff(self, ctx: Context) -> int | None:
         """Every row is strictly as of its own time: the log shapes no later one."""
         return None

@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from tempfile import TemporaryDirectory
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import polars as pl
@@ -19,14 +20,23 @@ from prerank_tools.gsu.output_frames import Emit, gsu_frame
 from prerank_tools.gsu.search import TopK, topk
 from prerank_tools.gsu.simtier import TIERS
 from prerank_tools.gsu.two_step import Index, Recall, TwoStepConfig, topk_two_step
-from prerank_tools.gsu.vector_frames import ItemVectors, is_large, map_vectors, open_mapped, read_vectors
-from prerank_tools.stage import Context, Part, Shard, Stage
+from prerank_tools.gsu.vector_frames import (
+    ItemVectors,
+    held_vectors,
+    is_large,
+    map_vectors,
+    open_mapped,
+    read_vectors,
+)
+from prerank_tools.stage import Context, Part, Shard, Stage, Trial
 from prerank_tools.tables.bucketing import hash_ids
 from prerank_tools.tables.contracts import split_rows
 from prerank_tools.tables.events import EventLog, bucket_requests, open_events
+from prerank_tools.tables.parquet import write_parquet
 from prerank_tools.tables.vectors import vectors_to_numpy
 
 Mode = Literal["cosine", "sim-soft", "sim-hard", "sid-prefix"]
+PIECE_ROWS = 20_000  # candidates that --dry-run weighs each --emit on
 SHARD_BYTES = 256 << 20  # of output rows a shard holds in memory
 TIER_BYTES = 2 * TIERS + 4 + 16
 
@@ -179,19 +189,41 @@ class GsuTopK(Stage):
         return max((cutoff for cutoff in cutoffs if cutoff is not None), default=None)
 
     def estimate(self, ctx: Context, shards: Sequence[Shard]) -> Mapping[str, Any]:
-        """Bytes before compression: lists of K are about twenty times the histograms."""
-        candidates = _candidates(ctx)
-        lists, tiers = candidates * self.config.k * 14, candidates * TIER_BYTES
-        return {
-            "candidates": candidates,
-            "bytes_out": self._bytes(ctx),
-            "bytes_if": {
-                "emit topk": lists + candidates * 16,
-                "emit simtier": tiers,
-                "emit both": lists + tiers,
-            },
-            "memory_bytes": SHARD_BYTES + sum(_held(ctx, role) for role in self._vector_roles()),
-        }
+        """A row a candidate; what each --emit would weigh, from a piece of one shard."""
+        rows = _candidates(ctx)
+        middle = sorted(shards, key=lambda shard: shard.rows)[len(shards) // 2]
+        pieces = max(1, rows // (len(shards) * PIECE_ROWS))
+        piece = replace(middle, extra={**middle.extra, "slices": middle.extra["slices"] * pieces})
+        return {"rows_out": rows, "bytes_if": self._bytes_if(piece, rows, ctx)}
+
+    def _bytes_if(self, piece: Shard, rows: int, ctx: Context) -> dict[str, int]:
+        found: dict[str, int] = {}
+        with TemporaryDirectory(prefix="prerank-") as folder:
+            trial = replace(ctx, work=Path(folder))
+            self.prepare_trials(trial, [Trial(piece, 1)])
+            for emit in get_args(Emit):
+                frame, path = replace(self, emit=emit).process(piece, trial).frame, Path(folder, emit)
+                if frame is not None and len(frame):
+                    write_parquet(frame, path, contract=self.output, compression=self.compression)
+                    found[f"emit {emit}"] = round(path.stat().st_size * rows / len(frame))
+        return found
+
+    def prepare_trials(self, ctx: Context, trials: Sequence[Trial]) -> None:
+        """Of a catalogue too large to hold, the vectors that the trials ask for."""
+        wanted = {role for role in self._vector_roles() if is_large(ctx.table(role))}
+        if not wanted:
+            return
+        items = pl.concat([self._items_of(trial.shard, ctx) for trial in trials]).unique()
+        for role in wanted:
+            scan = ctx.table(role).scan(["item_id", "embedding"])
+            good = scan.filter(pl.col("item_id").is_in(items.implode())).drop_nulls().collect()
+            ctx.cache[role] = held_vectors(good["item_id"], vectors_to_numpy(good["embedding"])), good.clear()
+
+    def _items_of(self, shard: Shard, ctx: Context) -> pl.Series:
+        """Every item that a shard asks about or finds in a past."""
+        requests, _ = self._requests(shard, ctx)
+        events = _log(ctx).read(shard.extra["bucket"])
+        return search_of(flat_requests(requests), events, lag=self.config.lag).items
 
     def _measure(self) -> tuple[str, Path | None, str]:
         return {
@@ -354,9 +386,3 @@ def _candidates(ctx: Context) -> int:
             else table.rows
         )
     return int(ctx.cache["candidates"])
-
-
-def _held(ctx: Context, role: str) -> int:
-    from prerank_tools.gsu.vector_frames import MAPPED_BYTES, row_bytes
-
-    return min(MAPPED_BYTES, ctx.table(role).rows * row_bytes(ctx.table(role)))

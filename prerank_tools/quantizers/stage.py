@@ -19,7 +19,7 @@ from prerank_tools.quantizers.duplicates import row_hashes
 from prerank_tools.quantizers.fit_stage import SidConfig, fit_codebook, known_items, read_vectors
 from prerank_tools.quantizers.publish_stage import Settled, hold_drift, ledger_to, settle
 from prerank_tools.quantizers.residuals import level_errors, prepared
-from prerank_tools.stage import Context, Part, Shard, Stage
+from prerank_tools.stage import Context, Part, Shard, Stage, Trial
 from prerank_tools.tables.table import Table, shards_of
 from prerank_tools.tables.vectors import numpy_to_vectors
 
@@ -35,6 +35,7 @@ class QuantizeSids(Stage):
     name: ClassVar[str] = "quantize.sid"
     output: ClassVar[str] = "item_sids"
     sort_key: ClassVar[tuple[str, ...]] = ("item_id",)
+    reduce_row_bytes: ClassVar[int] = 100
     tables: ClassVar[Mapping[str, str]] = {"duplicates": ""}
 
     embeddings: Path
@@ -97,6 +98,10 @@ class QuantizeSids(Stage):
             codebook = self._fit(ctx)
         codebook.save(ctx.work / "codebook")
 
+    def prepare_trials(self, ctx: Context, trials: Sequence[Trial]) -> None:
+        """One iteration over the sample of the fit: as much memory, codes nearly as evenly used."""
+        replace(self, config=self.config.model_copy(update={"iterations": 1})).prepare(ctx)
+
     def _fit(self, ctx: Context) -> Codebook:
         known = known_items(ctx.table("events"), self.until) if self.until is not None else None
         codebook = fit_codebook(ctx.table("embeddings"), self.config, ctx, known=known)
@@ -153,10 +158,6 @@ class QuantizeSids(Stage):
     def data_cutoff(self, ctx: Context) -> int | None:
         cutoffs = [self._own_cutoff(ctx), load_codebook(ctx.work / "codebook").notes.get("data_cutoff")]
         return max((cutoff for cutoff in cutoffs if cutoff is not None), default=None)
-
-    def estimate(self, ctx: Context, shards: Sequence[Shard]) -> Mapping[str, Any]:
-        rows = ctx.table("embeddings").rows
-        return {"bytes_out": rows * (16 + 8 * self.config.levels), "memory_bytes": rows * 120}
 
     def _own_cutoff(self, ctx: Context) -> int | None:
         """Of the embeddings and, as of `until`, of the log; a previous table shapes no code of a new item."""

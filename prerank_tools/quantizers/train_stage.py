@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import count
@@ -24,6 +25,7 @@ from prerank_tools.quantizers.sid_metrics import Reconstruction, SidCounts
 from prerank_tools.quantizers.verdict import judge
 from prerank_tools.stage import Context, Stage
 from prerank_tools.tables.table import Table
+from prerank_tools.training.board import check_board, with_board
 
 Kind = Literal["rkmeans", "balanced-rkmeans", "pq", "random-hash", "rqvae", "rkmeans-plus", "rkmeans-fsq"]
 LEARNED: dict[str, Any] = {"rqvae": RQVAEConfig, "rkmeans-plus": RKMeansPlusConfig, "rkmeans-fsq": FSQConfig}
@@ -71,6 +73,7 @@ class TrainQuantizer(Stage):
     until: int | None = None
     init_from: Path | None = None
     config: TrainQuantizerConfig = field(default_factory=lambda: TrainQuantizerConfig())
+    tensorboard: Path | None = None  # where to draw curves
 
     def inputs(self) -> Mapping[str, tuple[Path, str]]:
         found = {"embeddings": (self.embeddings, "item_embeddings")}
@@ -81,6 +84,7 @@ class TrainQuantizer(Stage):
         return {"until": self.until, **self.config.model_dump(mode="json")}
 
     def check(self, ctx: Context) -> None:
+        check_board(self.tensorboard)
         if (self.until is None) != (self.events is None):
             raise UsageError(
                 "--until needs the log that says which items were known by then, and the log needs --until",
@@ -95,6 +99,9 @@ class TrainQuantizer(Stage):
         codebook = fit_codebook(table, self.config, ctx, known=known, unfitted=self._maker(ctx))
         codebook = replace(codebook, notes={**codebook.notes, "data_cutoff": self.data_cutoff(ctx)})
         codebook.save(ctx.work)
+        curve = ctx.scratch / "training-0" / "metrics.jsonl"
+        if curve.is_file():
+            shutil.copyfile(curve, ctx.work / "metrics.jsonl")
         return {"kind": codebook.kind, "fingerprint": codebook.fingerprint, **_quality(table, codebook, ctx)}
 
     def lineage(self, ctx: Context) -> Mapping[str, str]:
@@ -116,7 +123,8 @@ class TrainQuantizer(Stage):
             folder = ctx.scratch / f"training-{next(number)}"
             folder.mkdir(parents=True, exist_ok=True)
             quantizer = self._unfitted(sizes)
-            quantizer.folder, quantizer.log = folder, ctx.log
+            board = self.tensorboard / folder.name if self.tensorboard else None
+            quantizer.folder, quantizer.log = folder, with_board(ctx.log, board)
             return quantizer
 
         return make

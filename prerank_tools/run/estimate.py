@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any
 
+from prerank_tools.errors import PrerankError
+from prerank_tools.run.mapping import reduces
 from prerank_tools.run.worker import write_part
 from prerank_tools.stage import Context, Part, Shard, Stage
 from prerank_tools.tables.parquet import read_faults
@@ -25,24 +28,53 @@ KEYS = ("rows_out", "bytes_out", "memory_bytes")
 def estimate(stage: Stage, ctx: Context, shards: Sequence[Shard], memory: PeakMemory) -> Mapping[str, Any]:
     """`rows_out`, `bytes_out` of all tables, `memory_bytes`: what the stage knows, else what it tried."""
     said = dict(stage.estimate(ctx, shards))
-    return said if said.keys() >= set(KEYS) else _tried(stage, ctx, shards, memory) | said
+    if said.keys() >= set(KEYS):
+        return said
+    tried = _tried(stage, ctx, shards, memory)
+    if "rows_out" in said and tried["rows_out"]:
+        tried["bytes_out"] = round(tried["bytes_out"] * said["rows_out"] / tried["rows_out"])
+    return tried | said
 
 
 def _tried(stage: Stage, ctx: Context, shards: Sequence[Shard], memory: PeakMemory) -> dict[str, Any]:
-    rows, size, more = 0.0, 0.0, 0
+    found = Found()
     with TemporaryDirectory(prefix="prerank-") as folder:
         ctx = replace(ctx, work=Path(folder), gates=[], gate="warn", log=_silent)
         trials = stage.trials(ctx, shards)
         stage.prepare_trials(ctx, trials)
         for number, trial in enumerate(trials):
+            memory.mark()
             with read_faults(trial.shard.path or stage.name):
                 part = stage.process(trial.shard, ctx)
-            files = write_part(part, stage, ctx.work, "data", number)
-            tables = [file for file in files if not file["path"].startswith("quarantine/")]
-            rows += trial.times * _rows_of(part)
-            size += trial.times * sum(file["bytes"] for file in tables)
-            more = max(more, trial.more_bytes)
-    return {"rows_out": round(rows), "bytes_out": round(size), "memory_bytes": memory.peak + more}
+            files = write_part(part, stage, ctx.work, "mapped", number)
+            if reduces(stage):
+                mapped = [ctx.work / file["path"] for file in files if file["path"].startswith("mapped/")]
+                for reduced in stage.reduce(mapped, ctx) or ():
+                    found.add(reduced, write_part(reduced, stage, ctx.work, "data", number), trial.times)
+            else:
+                found.add(part, files, trial.times)
+            found.memory = max(found.memory, memory.since_mark + trial.more_bytes)
+            with suppress(PrerankError):  # on so few rows a gate may not hold
+                stage.quality(part.counts | {"quarantined": 0}, ctx)
+        if reduces(stage):
+            held = stage.reduce_row_bytes * sum(shard.rows for shard in shards)
+            found.memory = max(found.memory, anonymous_bytes() + held)
+    most = max(memory.peak, found.memory)
+    return {"rows_out": round(found.rows), "bytes_out": round(found.bytes), "memory_bytes": most}
+
+
+@dataclass
+class Found:
+    """Rows and bytes of the tables that trials made, each as often as the work holds its like; bytes held."""
+
+    rows: float = 0.0
+    bytes: float = 0.0
+    memory: int = 0
+
+    def add(self, part: Part, files: Sequence[Mapping[str, Any]], times: float) -> None:
+        """Count one part; what it set aside is no table."""
+        self.rows += times * _rows_of(part)
+        self.bytes += times * sum(f["bytes"] for f in files if not f["path"].startswith("quarantine/"))
 
 
 def _rows_of(part: Part) -> int:
@@ -59,14 +91,25 @@ class PeakMemory:
 
     def __init__(self) -> None:
         self.seen = 0
+        self.marked = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     @property
     def peak(self) -> int:
         """Bytes, so far."""
-        self.seen = max(self.seen, anonymous_bytes())
+        self._look()
         return self.seen
+
+    @property
+    def since_mark(self) -> int:
+        """Bytes, since the last `mark`."""
+        self._look()
+        return self.marked
+
+    def mark(self) -> None:
+        """Begin `since_mark` anew."""
+        self.marked = 0
 
     def __enter__(self) -> PeakMemory:
         self._thread.start()
@@ -80,7 +123,11 @@ class PeakMemory:
 
     def _watch(self) -> None:
         while not self._stop.wait(LOOKS_EVERY):
-            self.seen = max(self.seen, anonymous_bytes())
+            self._look()
+
+    def _look(self) -> None:
+        now = anonymous_bytes()
+        self.seen, self.marked = max(self.seen, now), max(self.marked, now)
 
 
 def anonymous_bytes() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ from prerank_tools.scorers.serving import weights_digest
 from prerank_tools.scorers.three_tower import InputShape, ThreeTower, ThreeTowerConfig
 from prerank_tools.stage import Context, Stage
 from prerank_tools.training.batches import ShuffledRows
+from prerank_tools.training.board import check_board, with_board
 from prerank_tools.training.loop import TrainConfig, train
 
 
@@ -61,6 +63,7 @@ class TrainScorer(Stage):
     until: int | None = None
     init_from: Path | None = None
     config: TrainScorerConfig = field(default_factory=TrainScorerConfig)
+    tensorboard: Path | None = None  # where to draw curves
 
     def inputs(self) -> Mapping[str, tuple[Path, str]]:
         """The tables, and the model to go on from."""
@@ -72,6 +75,7 @@ class TrainScorer(Stage):
 
     def check(self, ctx: Context) -> None:
         """Refuse inputs that do not fit together or have seen the time after `until`."""
+        check_board(self.tensorboard)
         check_inputs(ctx, self.config.inputs)
         check_spaces(ctx)
         if not request_frames.tasks_of(ctx.table("requests")):
@@ -110,9 +114,10 @@ class TrainScorer(Stage):
             monitor="ne" if len(valid_R) else "loss",
             init_from=self.init_from,
             device=ctx.device,
-            log=ctx.log,
+            log=with_board(ctx.log, self.tensorboard),
         )
         artefact.save(ctx.work, spec, model.cpu())
+        shutil.copyfile(folder / "metrics.jsonl", ctx.work / "metrics.jsonl")
         return {
             "requests": len(fit_R),
             "requests_valid": len(valid_R),

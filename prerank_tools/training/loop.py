@@ -17,66 +17,21 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast, send_to_device
-from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from prerank_tools.errors import ConflictError, PrerankError, UsageError
 from prerank_tools.training import checkpoints
-
-
-class TrainConfig(BaseModel):
-    """How to train; every key but `tensorboard` can change the result. Defaults are ours."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    epochs: int = Field(default=1, ge=1)
-    batch_size: int = Field(default=256, ge=1)  # rows of all processes together
-    lr: float = Field(default=1e-3, gt=0)
-    weight_decay: float = Field(default=0.01, ge=0)
-    warmup_steps: int = Field(default=0, ge=0)
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    clip_norm: float = Field(default=1.0, ge=0)  # 0: no clipping
-    precision: Literal["no", "bf16", "fp16"] = "no"
-    seed: int = 42
-    patience: int = Field(
-        default=0, ge=0
-    )  # epochs without a new best before stopping; 0: never, keep the last
-    checkpoint_every: int = Field(default=0, ge=0)  # steps; 0: at the end of each epoch only
-    tensorboard: bool = False
-
-
-class Batches(Protocol):
-    """Where batches come from: the same ones for the same (seed, epoch), the same number on every rank."""
-
-    def __len__(self) -> int:
-        """Steps in an epoch."""
-        ...
-
-    def epoch(self, number: int, *, rank: int = 0, world: int = 1) -> Iterator[Any]:
-        """This rank's batches of one epoch: tensors, or nested dicts, lists and tuples of them."""
-        ...
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What training came to: the best monitored value, and one record an epoch (on rank 0 only)."""
-
-    steps: int
-    epochs: int
-    best: float
-    best_epoch: int
-    stopped_early: bool
-    history: list[dict[str, float]]
+from prerank_tools.training.config import Batches, TrainConfig, TrainResult
+from prerank_tools.training.means import RunningMeans
+from prerank_tools.training.steps import accelerator, lr_factor, parameter_groups, step_seed
 
 
 def train(
@@ -140,17 +95,16 @@ class _Loop:
     ) -> None:
         self.config, self.batches, self.evaluate, self.log = config, batches, evaluate, log
         self.monitor, self.sign = monitor, 1.0 if mode == "min" else -1.0
-        self.accelerator = _accelerator(config, device)
+        self.accelerator = accelerator(config, device)
         self.folder, self.checkpoint_folder = folder, folder / "checkpoints"
         self.plain: Any = model  # not wrapped; Any, as its optional methods are not nn.Module's
-        optimizer = torch.optim.AdamW(_parameter_groups(model, config), lr=config.lr)
+        optimizer = torch.optim.AdamW(parameter_groups(model, config), lr=config.lr)
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.progress = _Progress()
-        self.totals: dict[str, torch.Tensor] = {}
+        self.means = RunningMeans(self.accelerator)
         self.started = time.perf_counter()
-        self.board = _board(config, folder) if self.accelerator.is_main_process else None
 
     @property
     def finished(self) -> bool:
@@ -170,8 +124,7 @@ class _Loop:
             checkpoints.restore(found, model=self.plain, optimizer=self.optimizer.optimizer)
             self.progress = _Progress(**found.state["progress"])
             self._load_scaler(found.state["scaler"])
-            if self.accelerator.is_main_process:
-                self.totals = {k: self._scalar(v) for k, v in self.progress.totals.items()}
+            self.means.resume(self.progress.totals)
             self.log("resumed", step=found.step, epoch=self.progress.epoch)
         if self.accelerator.is_main_process:
             with (self.folder / "metrics.jsonl").open("ab") as lines:
@@ -207,12 +160,12 @@ class _Loop:
 
     def _train_step(self, batch: Any) -> None:
         at = self.progress
-        torch.manual_seed(_step_seed(self.config.seed, at.step, self.accelerator.process_index))
-        factor = _lr_factor(at.step, self.config, len(self.batches) * self.config.epochs)
+        torch.manual_seed(step_seed(self.config.seed, at.step, self.accelerator.process_index))
+        factor = lr_factor(at.step, self.config, len(self.batches) * self.config.epochs)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
         outputs = dict(self.model(send_to_device(batch, self.accelerator.device)))
-        weight = self._scalar(outputs.pop("weight", 1.0))
+        weight = self.means.scalar(outputs.pop("weight", 1.0))
         self.accelerator.backward(outputs["loss"] * self._share(weight))
         if self.config.clip_norm:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
@@ -221,7 +174,7 @@ class _Loop:
         if hasattr(self.plain, "after_step"):
             with torch.no_grad():
                 self.plain.after_step()
-        self._add({**outputs, "lr": self._scalar(factor * self.config.lr)}, weight)
+        self.means.add({**outputs, "lr": self.means.scalar(factor * self.config.lr)}, weight)
 
     def _share(self, weight: torch.Tensor) -> torch.Tensor | float:
         """This rank's share of the mean over all rows; DDP then averages the ranks."""
@@ -230,16 +183,9 @@ class _Loop:
             return 1.0
         return (weight * world / self.accelerator.reduce(weight, "sum").clamp(min=1e-12)).float()
 
-    def _add(self, outputs: Mapping[str, Any], weight: torch.Tensor) -> None:
-        for name, value in outputs.items():
-            if torch.is_tensor(value) and value.dim() == 0:
-                term = value.detach().double() * weight
-                self.totals[name] = self.totals[name] + term if name in self.totals else term
-        self.totals["weight"] = self.totals.get("weight", self._scalar(0.0)) + weight
-
     def _end_epoch(self) -> None:
         at = self.progress
-        self._fold_totals()
+        at.totals = self.means.fold()
         means = {k: v / at.totals["weight"] for k, v in at.totals.items() if k != "weight"}
         metrics = {"epoch": at.epoch, "step": at.step, **means, **self._evaluation()}
         value = self._agreed(metrics)
@@ -248,7 +194,7 @@ class _Loop:
         else:
             at.stale += 1
         self._write(metrics)
-        at.epoch, at.step_in_epoch, at.totals, self.totals = at.epoch + 1, 0, {}, {}
+        at.epoch, at.step_in_epoch, self.means.totals = at.epoch + 1, 0, {}
         self._checkpoint()
 
     def _evaluation(self) -> dict[str, float]:
@@ -264,7 +210,7 @@ class _Loop:
         """Rank 0's monitored value, on every rank: all must stop at the same epoch."""
         if self.accelerator.is_main_process and self.monitor not in metrics:
             raise UsageError(f"no metric named {self.monitor!r}", f"one of: {', '.join(metrics)}")
-        value = float(broadcast(self._scalar(metrics.get(self.monitor, 0.0))))
+        value = float(broadcast(self.means.scalar(metrics.get(self.monitor, 0.0))))
         if math.isnan(value):
             raise PrerankError(
                 f"{self.monitor} is not a number after step {self.progress.step}",
@@ -274,7 +220,7 @@ class _Loop:
 
     def _checkpoint(self) -> None:
         at = self.progress
-        self._fold_totals()
+        at.totals = self.means.fold()
         if self.accelerator.is_main_process:
             state = {"progress": vars(at), "scaler": self._scaler_state(), "run": self._identity()}
             checkpoints.save(
@@ -287,21 +233,6 @@ class _Loop:
             checkpoints.prune(self.checkpoint_folder, protect=[at.best_step])
         self.accelerator.wait_for_everyone()
 
-    def _fold_totals(self) -> None:
-        """Sum the ranks' running means into rank 0, the one whose state the checkpoint holds."""
-        if not self.totals and self.accelerator.num_processes == 1:
-            return
-        names = sorted(self.totals) if self.totals else []
-        summed = self._sum_over_ranks(names)
-        self.progress.totals = {name: float(value) for name, value in summed.items()}
-        self.totals = summed if self.accelerator.is_main_process else {k: v * 0 for k, v in summed.items()}
-
-    def _sum_over_ranks(self, names: list[str]) -> dict[str, torch.Tensor]:
-        if not names:
-            return {}
-        stacked = self.accelerator.reduce(torch.stack([self.totals[name] for name in names]), "sum")
-        return dict(zip(names, stacked.unbind(), strict=True))
-
     def _write(self, metrics: dict[str, float]) -> None:
         if not self.accelerator.is_main_process:
             return
@@ -312,9 +243,6 @@ class _Loop:
             lines.flush()
             os.fsync(lines.fileno())
             self.progress.log_bytes = lines.tell()
-        if self.board is not None:
-            for name, value in metrics.items():
-                self.board.add_scalar(name, value, self.progress.step)
         self.log("epoch", **metrics, seconds=round(time.perf_counter() - self.started, 1))
 
     def close(self) -> TrainResult:
@@ -322,14 +250,15 @@ class _Loop:
         if self.config.patience and at.best_step != at.step:
             best = self.checkpoint_folder / f"step-{at.best_step:09d}"
             checkpoints.restore(checkpoints.Checkpoint(best, at.best_step, {}), model=self.plain)
-        if self.board:
-            self.board.close()
         self.plain.eval()
         return TrainResult(at.step, at.epoch, at.best, at.best_epoch, self.stopped, at.history)
 
     def _identity(self) -> dict[str, Any]:
-        settings = self.config.model_dump(exclude={"tensorboard"})
-        return {"config": settings, "world": self.accelerator.num_processes, "steps": len(self.batches)}
+        return {
+            "config": self.config.model_dump(),
+            "world": self.accelerator.num_processes,
+            "steps": len(self.batches),
+        }
 
     def _refuse_other_run(self, found: checkpoints.Checkpoint) -> None:
         before, now = found.state["run"], self._identity()
@@ -346,54 +275,3 @@ class _Loop:
     def _load_scaler(self, state: Mapping[str, float]) -> None:
         if self.accelerator.scaler and state:
             self.accelerator.scaler.load_state_dict(dict(state))
-
-    def _scalar(self, value: Any) -> torch.Tensor:
-        return torch.as_tensor(value, dtype=torch.float64, device=self.accelerator.device).detach()
-
-
-def _accelerator(config: TrainConfig, device: str) -> Accelerator:
-    on_cpu = device == "cpu"
-    if on_cpu and config.precision == "fp16":
-        raise UsageError("precision 'fp16' needs a GPU", "use precision = 'bf16' or 'no' on a CPU")
-    # accelerate keeps its settings for the life of the process; a second training may want others.
-    AcceleratorState._reset_state(reset_partial_state=True)
-    # Not every parameter takes part in every batch (the placeholder of a modality nobody lacks), and buffers
-    # such as queues are kept equal by the model itself.
-    ddp = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
-    return Accelerator(cpu=on_cpu, mixed_precision=config.precision, kwargs_handlers=[ddp])
-
-
-def _parameter_groups(model: Any, config: TrainConfig) -> list[dict[str, Any]]:
-    if hasattr(model, "parameter_groups"):
-        return list(model.parameter_groups(config.lr, config.weight_decay))
-    trained = [p for p in model.parameters() if p.requires_grad]
-    decayed, plain = [p for p in trained if p.dim() > 1], [p for p in trained if p.dim() <= 1]
-    return [
-        {"params": group, "weight_decay": decay}
-        for group, decay in ((decayed, config.weight_decay), (plain, 0.0))
-        if group
-    ]
-
-
-def _lr_factor(step: int, config: TrainConfig, total: int) -> float:
-    if step < config.warmup_steps:
-        return (step + 1) / config.warmup_steps
-    done = (step - config.warmup_steps) / max(1, total - config.warmup_steps)
-    if config.schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * done))
-    return 1 - done if config.schedule == "linear" else 1.0
-
-
-def _step_seed(seed: int, step: int, rank: int) -> int:
-    # A linear map modulo a prime keeps (step, rank) pairs apart and is the same on every platform.
-    return (seed * 1_000_003 + step * 8_191 + rank) % (2**61 - 1)
-
-
-def _board(config: TrainConfig, folder: Path) -> Any:
-    if not config.tensorboard:
-        return None
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UsageError("tensorboard is not installed", "pip install tensorboard") from error
-    return SummaryWriter(log_dir=str(folder / "tensorboard"))

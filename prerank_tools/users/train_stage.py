@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from prerank_tools.metrics.ranking import auc
 from prerank_tools.stage import Context, Stage
 from prerank_tools.tables.bucketing import hash_ids
 from prerank_tools.tables.events import EventLog, as_of, open_events
+from prerank_tools.training.board import check_board, with_board
 from prerank_tools.training.checkpoints import load_grown
 from prerank_tools.training.loop import TrainConfig, train
 from prerank_tools.users import artefact, histories
@@ -93,6 +95,7 @@ class TrainUser(Stage):
     until: int | None = None
     init_from: Path | None = None
     config: TrainUserConfig = field(default_factory=TrainUserConfig)
+    tensorboard: Path | None = None  # where to draw curves
 
     def inputs(self) -> Mapping[str, tuple[Path, str]]:
         found = {"events": (self.events, "events"), "embeddings": (self.embeddings, "item_embeddings")}
@@ -102,6 +105,7 @@ class TrainUser(Stage):
         return {"until": self.until, **self.config.model_dump(mode="json")}
 
     def check(self, ctx: Context) -> None:
+        check_board(self.tensorboard)
         check_ids(ctx.table("events"), ctx.table("embeddings"))
         if self.init_from is None:
             return
@@ -123,17 +127,19 @@ class TrainUser(Stage):
         if self.init_from is not None:
             load_grown(model, self.init_from)
         scored = list(valid.epoch(0)) if valid else []
+        folder = _made(ctx.scratch / "training")
         result = train(
             model,
             fit,
             config=self.config.training,
-            folder=_made(ctx.scratch / "training"),
+            folder=folder,
             evaluate=(lambda m: evaluate(m, scored, spec.heads)) if scored else None,  # type: ignore[arg-type]
             monitor="ne" if scored else "loss",
             device=ctx.device,
-            log=ctx.log,
+            log=with_board(ctx.log, self.tensorboard),
         )
         artefact.save(ctx.work, spec, model)
+        shutil.copyfile(folder / "metrics.jsonl", ctx.work / "metrics.jsonl")
         return {
             "baskets": len(fit.baskets.rows),
             "baskets_valid": len(valid.baskets.rows) if valid else 0,

@@ -287,11 +287,15 @@ def test_unusable_vectors_and_requests_go_to_quarantine(tmp_path: Path) -> None:
     assert sorted(bad["reason"].to_list()) == ["user_id is null", "vector holds NaN or infinity"]
 
 
-def test_dry_run_says_how_many_bytes(tmp_path: Path) -> None:
-    result = run(random_stage(tmp_path), tmp_path / "gsu", RunOptions(dry_run=True))
-    assert result.plan["candidates"] == 600
-    assert result.plan["bytes_if"]["emit topk"] > 10 * result.plan["bytes_if"]["emit simtier"]
+def test_dry_run_says_how_many_bytes_each_emit_would_write(tmp_path: Path) -> None:
+    stage = random_stage(tmp_path)
+    plan = run(stage, tmp_path / "gsu", RunOptions(dry_run=True)).plan
+    assert plan["rows_out"] == 600
     assert not (tmp_path / "gsu").exists()
+    for emit in ("topk", "simtier", "both"):
+        made = run(replace(stage, emit=emit), tmp_path / emit, RunOptions(workers=1)).manifest
+        assert made is not None
+        assert 0.75 < plan["bytes_if"][f"emit {emit}"] / made.outputs["bytes"] < 1.25
 
 
 def test_the_log_leaves_no_data_cutoff(tmp_path: Path) -> None:
