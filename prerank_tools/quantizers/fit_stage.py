@@ -25,6 +25,8 @@ from prerank_tools.tables.vectors import vectors_to_numpy
 POINTS_ADVISED = 39  # faiss' own warning: with fewer, centroids follow single items
 COLUMNS = ("item_id", "embedding", "scale", "content_hash")
 HELD_OUT = 8  # items; fewer give no standard error to speak of
+# Keys that only some of the kinds have.
+KNOBS = {"init", "normalize", "residual_norm", "beam", "refine", "balance"}
 COPIES = 4  # of the sample that a fit holds: as read, in order, the residual, faiss' own
 
 
@@ -44,6 +46,7 @@ class SidConfig(BaseModel):
     normalize: Literal["none", "l2"] = "none"
     residual_norm: bool = False
     beam: int = Field(default=1, ge=1)
+    refine: int = Field(default=0, ge=0)
     balance: Literal["last", "all"] = "last"
     seed: int = 0
     sample_rows: int | None = Field(default=None, ge=2)
@@ -198,14 +201,12 @@ def _say(rows: int, sizes: tuple[int, ...], config: SidConfig, ctx: Context) -> 
 def _unfitted(sizes: tuple[int, ...], config: SidConfig) -> Quantizer:
     knobs: dict[str, Any] = {"sizes": sizes}
     wanted = {
-        "rkmeans": ("iterations", "init", "normalize", "residual_norm", "beam"),
+        "rkmeans": ("iterations", "init", "normalize", "residual_norm", "beam", "refine"),
         "balanced-rkmeans": ("iterations", "init", "normalize", "balance"),
         "pq": ("iterations",),
         "random-hash": (),
     }[config.quantizer]
-    ignored = config.model_fields_set & {"init", "normalize", "residual_norm", "beam", "balance"} - set(
-        wanted
-    )
+    ignored = config.model_fields_set & KNOBS - set(wanted)
     if ignored:
         raise UsageError(
             f"config: {config.quantizer} has no `{min(ignored)}`", f"it has: {', '.join(wanted)}"

@@ -3,17 +3,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 
-from prerank_tools.errors import ContractError
+from prerank_tools.errors import ContractError, UsageError
 from prerank_tools.quantizers.assign import assign, assign_beam, assign_scaled, beam_residuals, decode
 from prerank_tools.quantizers.codebook import Codebook
 
+NOISE = 1.0  # of refining, at first: LSQ++'s
 POINTS_PER_CODE = 256  # faiss takes a sample of this many; more do not move the centroids
 
 
@@ -24,6 +25,7 @@ class RKMeans:
     `normalize="l2"` scales each vector to length 1 first. `residual_norm` scales the residuals between levels
     to length 1 (TorchEasyRec); decoding then uses their mean length. `beam` above 1 searches whole paths.
     `init="progressive"` starts k-means on few principal axes: lower error and fuller codes; always on CPU.
+    `refine` is the number of rounds in which all levels are then fitted together, under the beam; on CPU.
     """
 
     sizes: tuple[int, ...] = (256, 256, 256)
@@ -32,6 +34,7 @@ class RKMeans:
     normalize: Literal["none", "l2"] = "none"
     residual_norm: bool = False
     beam: int = 1
+    refine: int = 0
     codebooks: tuple[np.ndarray, ...] = ()
     scale_L: np.ndarray = field(default_factory=lambda: np.zeros(0))
     stats: dict[str, np.ndarray] = field(default_factory=dict)
@@ -69,8 +72,9 @@ class RKMeans:
                 r_ND /= norm_N[:, None]
                 lengths *= norm_N
                 self.scale_L[level + 1] = lengths.mean()
-        self.codebooks = tuple(codebooks)
+        self.codebooks = self._refined(x_ND, codebooks, seed, threads) if self.refine else tuple(codebooks)
         self.notes = {"seed": seed, "rows": len(x_ND), "iterations": self.iterations, "init": self.init}
+        self.notes |= {"refine": self.refine} if self.refine else {}
         return self
 
     def encode(self, x_ND: np.ndarray, *, threads: int = 2, device: str = "cpu") -> np.ndarray:
@@ -121,6 +125,23 @@ class RKMeans:
             return x_ND if x_ND.dtype in (np.float32, np.float16, np.int8) else x_ND.astype(np.float32)
         wide_ND = x_ND.astype(np.float64)
         return (wide_ND / np.sqrt((wide_ND**2).sum(axis=1, keepdims=True))).astype(np.float32)
+
+    def _refined(
+        self, x_ND: np.ndarray, codebooks: Sequence[np.ndarray], seed: int, threads: int
+    ) -> tuple[np.ndarray, ...]:
+        import torch
+
+        from prerank_tools.quantizers.refine import refine
+
+        if self.residual_norm:
+            raise UsageError(
+                "refine needs codes that add up; residual_norm scales them", "drop one of the two"
+            )
+        rows = POINTS_PER_CODE * max(self.sizes)
+        take_N = np.sort(np.random.default_rng(seed).permutation(len(x_ND))[:rows])
+        torch.set_num_threads(threads)
+        sample_ND = self.prepared(x_ND[take_N])
+        return refine(sample_ND, codebooks, beam=self.beam, rounds=self.refine, noise=NOISE, seed=seed)
 
     def _fit_level(
         self, r_ND: np.ndarray, level: int, *, seed: int, threads: int, device: str

@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 
 from prerank_tools.errors import ContractError, UsageError
 from prerank_tools.quantizers.codebook import Codebook, Quantizer, load_codebook, quantizer_class
-from prerank_tools.quantizers.fit_stage import SidConfig, fit_codebook, known_items, sample_vectors
+from prerank_tools.quantizers.fit_stage import KNOBS, SidConfig, fit_codebook, known_items, sample_vectors
 from prerank_tools.quantizers.fsq import FSQConfig, RKMeansFSQ
 from prerank_tools.quantizers.residuals import comparable
 from prerank_tools.quantizers.rkmeans_plus import RKMeansPlus, RKMeansPlusConfig
@@ -45,14 +45,7 @@ class TrainQuantizerConfig(SidConfig):
     @model_validator(mode="after")
     def _known_keys(self) -> Self:
         if self.quantizer in LEARNED:
-            ignored = self.model_fields_set & {
-                "iterations",
-                "init",
-                "normalize",
-                "residual_norm",
-                "beam",
-                "balance",
-            }
+            ignored = self.model_fields_set & (KNOBS | {"iterations"})
             if ignored:
                 raise ValueError(f"{self.quantizer} has no key {min(ignored)}")
             LEARNED[self.quantizer](**self.network)
