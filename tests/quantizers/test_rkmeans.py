@@ -32,16 +32,32 @@ def plain_faiss(x_ND: np.ndarray, sizes: tuple[int, ...], niter: int, seed: int)
     return codebooks, np.stack(codes, axis=1)
 
 
+def oracle(x_ND: np.ndarray, codebooks: list[np.ndarray]) -> np.ndarray:
+    """Residual codes from float64 differences, one level after the other; the first of equal distances."""
+    r_ND, codes = x_ND.astype(np.float64), []
+    for codebook_KD in codebooks:
+        distance_NK = np.stack([((r_ND - c_D.astype(np.float64)) ** 2).sum(axis=1) for c_D in codebook_KD], 1)
+        codes.append(distance_NK.argmin(axis=1))
+        r_ND = r_ND - codebook_KD[codes[-1]].astype(np.float64)
+    return np.stack(codes, axis=1)
+
+
+@pytest.mark.parametrize("small_work", [0, 10**15], ids=["fast path", "float64 path"])
 @pytest.mark.parametrize("sizes", [(64, 64, 64), (32, 16, 8, 4)])
-def test_codes_are_those_of_a_plain_faiss_loop(sizes: tuple[int, ...]) -> None:
+def test_codes_are_those_of_a_plain_faiss_loop_and_of_float64(
+    sizes: tuple[int, ...], small_work: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("prerank_tools.quantizers.assign.SMALL_WORK", small_work)
     x_ND = vectors()
     codebooks, codes_NL = plain_faiss(x_ND, sizes, 12, 7)
     ours = RKMeans(sizes=sizes, iterations=12).fit(x_ND, seed=7)
     for mine_KD, theirs_KD in zip(ours.codebooks, codebooks, strict=True):
         np.testing.assert_array_equal(mine_KD, theirs_KD)
-    differing = np.flatnonzero((ours.encode(x_ND) != codes_NL).any(axis=1))
+    found_NL = ours.encode(x_ND)
+    np.testing.assert_array_equal(found_NL, oracle(x_ND, codebooks))
+    differing = np.flatnonzero((found_NL != codes_NL).any(axis=1))
     for row in differing:  # float32 near ties of faiss only
-        level = int((ours.encode(x_ND[row : row + 1])[0] != codes_NL[row]).argmax())
+        level = int((found_NL[row] != codes_NL[row]).argmax())
         r_D = x_ND[row].astype(np.float64) - sum(codebooks[n][codes_NL[row, n]] for n in range(level))
         nearest_two = np.sort(((codebooks[level] - r_D) ** 2).sum(axis=1))[:2]
         assert nearest_two[1] - nearest_two[0] < 1e-5
