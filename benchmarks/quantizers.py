@@ -31,8 +31,9 @@ QUERIES = 5_000
 KINDS = (
     "RQ-KMeans",
     "RQ-KMeans, progressive",
-    "RQ-KMeans, beam 5",
-    "RQ-KMeans, beam 16",
+    "RQ-KMeans, refined",
+    "RQ-KMeans, refined, beam 5",
+    "RQ-KMeans, refined, beam 16",
     "balanced RQ-KMeans (last)",
     "RQ-KMeans+",
     "RQ-KMeans + FSQ",
@@ -46,6 +47,7 @@ KINDS = (
     "lucidrains ResidualVQ",
 )
 RQVAE_STEPS, PLUS_STEPS, FSQ_STEPS = 400, 1_000, 400
+REFINE_ROUNDS = 60
 
 
 def main() -> None:
@@ -184,6 +186,9 @@ def make(kind: str, sizes: tuple[int, ...], rows: int) -> Any:
     def epochs(steps: int) -> int:
         return max(1, round(steps / (-(-rows // 1_024))))
 
+    def refined(beam: int) -> Any:
+        return RKMeans(sizes=sizes, init="progressive", beam=beam, refine=REFINE_ROUNDS)
+
     def peer_faiss(beam: int) -> Any:
         from peers.faiss_rq import FaissQuantizer
 
@@ -200,8 +205,9 @@ def make(kind: str, sizes: tuple[int, ...], rows: int) -> Any:
     makers: dict[str, Callable[[], Any]] = {
         "RQ-KMeans": lambda: RKMeans(sizes=sizes),
         "RQ-KMeans, progressive": lambda: RKMeans(sizes=sizes, init="progressive"),
-        "RQ-KMeans, beam 5": lambda: RKMeans(sizes=sizes, init="progressive", beam=5),
-        "RQ-KMeans, beam 16": lambda: RKMeans(sizes=sizes, init="progressive", beam=16),
+        "RQ-KMeans, refined": lambda: refined(1),
+        "RQ-KMeans, refined, beam 5": lambda: refined(5),
+        "RQ-KMeans, refined, beam 16": lambda: refined(16),
         "balanced RQ-KMeans (last)": lambda: BalancedRKMeans(sizes=sizes),
         "RQ-KMeans+": lambda: RKMeansPlus(plus),
         "RQ-KMeans + FSQ": lambda: RKMeansFSQ(fsq),

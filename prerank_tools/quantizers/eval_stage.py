@@ -14,11 +14,10 @@ import polars as pl
 from prerank_tools.data.pairs import bought_together
 from prerank_tools.data.stage import basket_codes
 from prerank_tools.errors import ContractError, UsageError
-from prerank_tools.export.sid import sid_parts, sid_sizes
-from prerank_tools.export.sid_formats import is_export, read_sids
 from prerank_tools.metrics.bootstrap import mean_interval
-from prerank_tools.quantizers.codebook import Quantizer, load_codebook, quantizer_of
+from prerank_tools.quantizers.codebook import Quantizer
 from prerank_tools.quantizers.duplicates import content_groups, duplicate_floor, row_hashes
+from prerank_tools.quantizers.eval_sids_stage import Sids, check_space, rows_of
 from prerank_tools.quantizers.fit_stage import read_vectors
 from prerank_tools.quantizers.level_means import LevelMeans, fit_level_means
 from prerank_tools.quantizers.neighbours import nearest_rows, neighbour_recall, sample_rows
@@ -59,52 +58,24 @@ def evaluate_sids(sids: Path, inputs: EvalInputs, *, against: Path | None = None
         raise UsageError("--category needs --items", "name the item table that holds the column")
     if inputs.embeddings is None and (inputs.codebook or inputs.fitted_on):
         raise UsageError("a codebook is judged on vectors", "add --embeddings EMB")
-    ours = _evaluate(_Sids.open(sids, inputs.codebook), inputs)
+    ours = _evaluate(Sids.open(sids, inputs.codebook), inputs)
     if against is None:
         return ours
-    theirs = _evaluate(_Sids.open(against, None), inputs)
+    theirs = _evaluate(Sids.open(against, None), inputs)
     verdicts = {row.pop("metric"): row for row in compare(_headline(ours), _headline(theirs))}
     return {"compare": verdicts, "A": ours, "B": theirs}
 
 
-@dataclass(frozen=True)
-class _Sids:
-    """Codes by item; a suffix is kept apart, since it parts items without meaning anything."""
-
-    ids: pl.Series
-    codes_NL: np.ndarray
-    sizes: tuple[int, ...]
-    suffix_N: np.ndarray | None = None
-    quantizer: Quantizer | None = None
-    codebook_rows: int | None = None
-
-    @staticmethod
-    def open(path: Path, codebook: Path | None) -> _Sids:
-        if is_export(path):
-            ids, codes_NL = read_sids(path)
-            sizes, suffix_N, folder = tuple(int(top) + 1 for top in codes_NL.max(axis=0)), None, codebook
-        else:
-            table = open_table(path, "item_sids")
-            ids, codes_NL = (_stacked(parts) for parts in zip(*sid_parts(table), strict=True))
-            sizes, suffix_N = sid_sizes(table), None
-            if "suffix" in table.schema:
-                codes_NL, suffix_N, sizes = codes_NL[:, :-1], codes_NL[:, -1], sizes[:-1]
-            folder = codebook or (path / "codebook" if (path / "codebook").is_dir() else None)
-        if folder is None:
-            return _Sids(ids, codes_NL, sizes, suffix_N)
-        book = load_codebook(folder)
-        _fits(codes_NL, book.sizes, path, folder)
-        return _Sids(ids, codes_NL, book.sizes, suffix_N, quantizer_of(book), book.notes.get("rows"))
-
-
-def _evaluate(sids: _Sids, inputs: EvalInputs) -> dict[str, Any]:
+def _evaluate(sids: Sids, inputs: EvalInputs) -> dict[str, Any]:
     counts = SidCounts(sids.sizes)
     counts.update(sids.codes_NL)
     use = counts.finalize()
     found: dict[str, Any] = {"items": use.items, "sizes": list(sids.sizes)}
     floor = 0.0
     if inputs.embeddings is not None:
-        vectors = _Vectors.join(open_table(inputs.embeddings, "item_embeddings"), sids)
+        table = open_table(inputs.embeddings, "item_embeddings")
+        check_space(sids, table)
+        vectors = _Vectors.join(table, sids)
         floor = duplicate_floor(content_groups(vectors.hash_N))
         found |= _space(vectors, sids, inputs)
     found["duplicate_floor"] = floor
@@ -120,7 +91,7 @@ def _evaluate(sids: _Sids, inputs: EvalInputs) -> dict[str, Any]:
     return found
 
 
-def _use(use: dict[str, Any], floor: float, sids: _Sids) -> dict[str, Any]:
+def _use(use: dict[str, Any], floor: float, sids: Sids) -> dict[str, Any]:
     levels = use.pop("levels")
     use["collision_above_floor"] = max(use["collision_rate"] - floor, 0.0)
     if sids.suffix_N is not None:
@@ -140,10 +111,10 @@ class _Vectors:
     without_sid: int
 
     @staticmethod
-    def join(table: Table, sids: _Sids) -> _Vectors:
+    def join(table: Table, sids: Sids) -> _Vectors:
         rows, hashes, good = [], [], 0
         for frame, x_nD in _good(table):
-            row_n = _rows_of(frame["item_id"], sids.ids)
+            row_n = rows_of(frame["item_id"], sids.ids)
             good += len(frame)
             rows.append(row_n[row_n >= 0])
             hashes.append(row_hashes(x_nD[row_n >= 0]))
@@ -154,14 +125,14 @@ class _Vectors:
             )
         return _Vectors(table, row_N, np.concatenate(hashes), good - len(row_N))
 
-    def blocks(self, sids: _Sids) -> Iterator[np.ndarray]:
+    def blocks(self, sids: Sids) -> Iterator[np.ndarray]:
         """Vectors float32, block by block, in the order of `row_N`."""
         for frame, x_nD in _good(self.table):
-            x_nD = x_nD[_rows_of(frame["item_id"], sids.ids) >= 0]
+            x_nD = x_nD[rows_of(frame["item_id"], sids.ids) >= 0]
             yield x_nD.astype(np.float32) if sids.quantizer is None else comparable(sids.quantizer, x_nD)
 
 
-def _space(vectors: _Vectors, sids: _Sids, inputs: EvalInputs) -> dict[str, Any]:
+def _space(vectors: _Vectors, sids: Sids, inputs: EvalInputs) -> dict[str, Any]:
     """Reconstruction and neighbours. Without a codebook each level's codes stand for their mean residual."""
     codes_NL = sids.codes_NL[vectors.row_N]
     quantizer: Quantizer | LevelMeans
@@ -193,7 +164,7 @@ def _space(vectors: _Vectors, sids: _Sids, inputs: EvalInputs) -> dict[str, Any]
 
 def _neighbours(
     vectors: _Vectors,
-    sids: _Sids,
+    sids: Sids,
     quantizer: Quantizer | LevelMeans,
     codes_NL: np.ndarray,
     query_Q: np.ndarray,
@@ -226,29 +197,29 @@ def _neighbours(
     }
 
 
-def _seen(vectors: _Vectors, sids: _Sids, inputs: EvalInputs) -> np.ndarray:
+def _seen(vectors: _Vectors, sids: Sids, inputs: EvalInputs) -> np.ndarray:
     """Which rows the codebook was fitted on: those of `fitted_on`; all, where that is not known."""
     if inputs.fitted_on is None:
         return np.ones(len(vectors.row_N), dtype=bool)
     fitted = open_table(inputs.fitted_on, "item_embeddings").scan(["item_id"]).collect()["item_id"]
-    return np.asarray(_rows_of(sids.ids, fitted)[vectors.row_N] >= 0)
+    return np.asarray(rows_of(sids.ids, fitted)[vectors.row_N] >= 0)
 
 
-def _categories(sids: _Sids, items: Table, inputs: EvalInputs) -> dict[str, Any]:
+def _categories(sids: Sids, items: Table, inputs: EvalInputs) -> dict[str, Any]:
     missing = [name for name in inputs.categories if name not in items.schema]
     if missing:
         raise ContractError(f"{items.path}: no column `{missing[0]}`", f"it has {', '.join(items.schema)}")
     found: dict[str, Any] = {}
     for name in inputs.categories:
         frame = items.scan(["item_id", name]).drop_nulls().collect()
-        row_n = _rows_of(frame["item_id"], sids.ids)
+        row_n = rows_of(frame["item_id"], sids.ids)
         held = frame[name].cast(pl.String).rank("dense").to_numpy()[row_n >= 0]
         depths = prefix_meaning(sids.codes_NL[row_n[row_n >= 0]], held, sizes=sids.sizes, seed=inputs.seed)
         found[name] = {f"depth_{meaning.depth}": meaning.as_dict() for meaning in depths}
     return found
 
 
-def _together(sids: _Sids, events: Table, seed: int) -> dict[str, Any]:
+def _together(sids: Sids, events: Table, seed: int) -> dict[str, Any]:
     """Lift over the baskets of purchases, or of all events where the log names none."""
     wanted = [name for name in ("basket_id", "session_id", "action") if name in events.schema]
     log = (
@@ -257,7 +228,7 @@ def _together(sids: _Sids, events: Table, seed: int) -> dict[str, Any]:
     if "action" in log.columns and (log["action"] == "purchase").any():
         log = log.filter(pl.col("action") == "purchase")
     log = log.with_columns(
-        pl.Series("basket", basket_codes(log)), pl.Series("row", _rows_of(log["item_id"], sids.ids))
+        pl.Series("basket", basket_codes(log)), pl.Series("row", rows_of(log["item_id"], sids.ids))
     )
     log = log.filter(pl.col("row") >= 0).unique(["basket", "row"], keep="first", maintain_order=True)
     row_n = log["row"].to_numpy()
@@ -275,29 +246,3 @@ def _good(table: Table) -> Iterator[tuple[pl.DataFrame, np.ndarray]]:
     for shard in shards_of(table):
         frame, x_nD, _ = read_vectors(shard)
         yield frame, x_nD
-
-
-def _rows_of(ids: pl.Series, known: pl.Series) -> np.ndarray:
-    """Row of each id in `known`, -1 where it is not there."""
-    if ids.dtype != known.dtype:
-        raise ContractError(
-            f"`item_id` is {ids.dtype} in one table, {known.dtype} in the other",
-            "write both ids as int64, or both as strings",
-        )
-    known_frame = known.alias("item_id").to_frame().with_row_index("row")
-    joined = (
-        ids.alias("item_id").to_frame().join(known_frame, on="item_id", how="left", maintain_order="left")
-    )
-    return joined["row"].cast(pl.Int64).fill_null(-1).to_numpy()
-
-
-def _stacked(parts: Sequence[Any]) -> Any:
-    return pl.concat(parts) if isinstance(parts[0], pl.Series) else np.concatenate(parts)
-
-
-def _fits(codes_NL: np.ndarray, sizes: tuple[int, ...], path: Path, folder: Path) -> None:
-    if codes_NL.shape[1] != len(sizes) or (codes_NL.max(axis=0) >= np.array(sizes)).any():
-        raise ContractError(
-            f"{path}: codes do not fit the codebook {folder} of {' x '.join(map(str, sizes))}",
-            "name the codebook that gave these SIDs",
-        )

@@ -52,8 +52,9 @@ class RKMeans:
 
         On CPU, from a random start, the centroids are those of a plain loop over
         `faiss.Kmeans(D, K, niter=iterations, seed=seed)`, its search, and subtraction. With a beam, a level
-        is fitted on what all paths kept so far leave, as faiss' ResidualQuantizer does. Raises ContractError
-        where a level has more codes than there are rows.
+        is fitted on what all paths kept so far leave, as faiss' ResidualQuantizer does, unless `refine`
+        follows: a greedy start is as good and cheaper. Raises ContractError where a level has more codes
+        than there are rows.
         """
         r_ND = self.prepared(x_ND)
         check_rows(len(r_ND), self.sizes)
@@ -62,7 +63,7 @@ class RKMeans:
         for level in range(len(self.sizes)):
             codebook_KD, code_N = self._fit_level(r_ND, level, seed=seed, threads=threads, device=device)
             codebooks.append(codebook_KD)
-            if self.beam > 1 and level + 1 < len(self.sizes):
+            if self.beam > 1 and not self.refine and level + 1 < len(self.sizes):
                 rows = POINTS_PER_CODE * max(self.sizes)
                 r_ND = beam_residuals(self.prepared(x_ND), codebooks, beam=self.beam, rows=rows, seed=seed)
                 continue
