@@ -11,7 +11,7 @@ from pathlib import Path
 
 import polars as pl
 
-from prerank_tools.encoders.image import ImageError, Source
+from prerank_tools.encoders.pictures import ImageError, Source, load, read_below
 from prerank_tools.errors import ContractError, UsageError
 from prerank_tools.tables.table import open_table
 
@@ -54,11 +54,6 @@ def content_hash(text: str, images: Sequence[Source]) -> str:
     for image in images:
         total.update(hashlib.blake2b(load(image), digest_size=16).digest())
     return total.hexdigest()
-
-
-def load(image: Source) -> bytes:
-    """The bytes of an image that is at hand or still on disk."""
-    return image if isinstance(image, bytes) else image()
 
 
 def default_template(schema: Mapping[str, pl.DataType]) -> str:
@@ -146,20 +141,3 @@ def image_sources(frame: pl.DataFrame, root: Path, *, max_bytes: int) -> list[li
 def reader(root: Path, name: str, max_bytes: int) -> Callable[[], bytes]:
     """A function that reads one image file when it is wanted."""
     return partial(read_below, root, name, max_bytes)
-
-
-def read_below(root: Path, name: str, max_bytes: int) -> bytes:
-    """The bytes of a regular file below `root`; links are followed first, and may not lead out of it."""
-    try:
-        path = (root / name).resolve()
-        if not path.is_relative_to(root):
-            raise ImageError("image_path leads out of --image-root")
-        if not path.is_file():
-            raise ImageError(f"image_path {name}: no such file")
-        if path.stat().st_size > max_bytes:
-            raise ImageError(f"image_path {name}: larger than {max_bytes} bytes")
-        return path.read_bytes()
-    except ImageError:
-        raise
-    except (OSError, ValueError, RuntimeError) as fault:  # a NUL in the name, a loop of links
-        raise ImageError(f"image_path {name[:80]!r}: cannot be read") from fault

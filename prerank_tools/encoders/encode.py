@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from prerank_tools.encoders.fusion import Fusion, concat_unit
-from prerank_tools.encoders.image import ImageEncoder, Source
+from prerank_tools.encoders.image import ImageEncoder
+from prerank_tools.encoders.pictures import Source
 
 FUSION_ROWS = 1024  # every product has this height, so that a row's bytes do not depend on how many there are
 

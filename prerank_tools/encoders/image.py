@@ -1,32 +1,29 @@
-"""Image vectors: decode what may be decoded, say why the rest may not, and run a vision model over it."""
+"""Image vectors: pictures decoded beside the forward pass, and a vision model run over them in batches."""
 
-# N images, B images in a batch, C channels, H height, W width, I image dims
+# N images, B images in a batch, C channels, H height, W width, V 8-bit values, I image dims
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from prerank_tools.encoders.batches import ahead
+from prerank_tools.encoders.decoding import Decoder, Into, shared_bytes
+from prerank_tools.encoders.pictures import Limits, Source
+from prerank_tools.encoders.preprocessing import Preprocessing
 from prerank_tools.encoders.tower import GPU_FACTOR, InPieces, Tower, no_log, resolve_precision
 
-# Raster formats with a decoder inside Pillow itself: EPS and the like would start other programs.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-LONGEST_RATIO = 100  # a 1 x 100,000 strip would be scaled up to a picture of gigabytes
-
-Source = bytes | Callable[[], bytes]
-
-
-class ImageError(ValueError):
-    """Why one image cannot be used; the text is the quarantine's `reason`."""
+Started = tuple[int, list[Future[list[str | None]]]]  # the first slot of a batch, and who fills the slots
+Decoded = tuple[np.ndarray, list[str | None]]  # the slots of a batch, and why some hold no picture
+AHEAD = 3  # batches of pictures in the buffer: one in the forward pass, the others being decoded
 
 
 class ImageTower(Tower):
@@ -53,7 +50,7 @@ class ImageEncoder:
 
     `pixels_of` turns RGB pictures into a float32 array (B, C, H, W). With `exact`, every batch has the same
     shape, so that an image's bytes do not depend on how many others there are. A batch that does not fit in
-    memory runs in halves; `log` is told.
+    memory runs in halves; `log` is told. `threads` pictures are decoded at once, for a GPU in processes.
     """
 
     def __init__(
@@ -82,100 +79,97 @@ class ImageEncoder:
         self.dim = tower.dim
         self._pixels_of = pixels_of
         self._threads = threads
-        self._max_pixels = max_pixels
-        self._max_bytes = max_bytes
+        self._limits = Limits(max_pixels, max_bytes)
+        self._decoder: Decoder | None = None
+        self._copied = torch.cuda.Event() if self.device.type == "cuda" else None
+        self._values_CV: Tensor | None = None
+        if isinstance(pixels_of, Preprocessing):
+            self._values_CV = torch.from_numpy(pixels_of.values_CV).to(self.device, self.dtype)
 
     def encode(self, sources: Sequence[Source]) -> tuple[np.ndarray, list[str | None]]:
         """Unit vectors x_NI in float32 and, per image, the reason why it has none (its row is zero then)."""
         x_NI = np.zeros((len(sources), self.dim), np.float32)
-        faults: list[str | None] = [None] * len(sources)
-        starts = range(0, len(sources), self.batch)
-        with ThreadPoolExecutor(self._threads, thread_name_prefix="decode") as pool:
-
-            def prepare(start: int) -> tuple[list[int], np.ndarray | None]:
-                return self._prepare(sources, start, pool, faults)
-
-            for _, (rows, pixels) in ahead(starts, prepare):
-                if pixels is not None:
-                    x_NI[rows] = self._in_pieces(torch.from_numpy(pixels))[: len(rows)].cpu().numpy()
+        faults: list[str | None] = []
+        rows: list[int] = []
+        parts: list[Tensor] = []  # on the device: a copy after each batch would wait for it
+        for pixels, reasons in self._batches(sources):
+            good = [n for n, reason in enumerate(reasons) if reason is None]
+            rows += [len(faults) + n for n in good]
+            faults += reasons
+            if good:
+                parts.append(self._in_pieces(self._batch_of(pixels, good))[: len(good)])
+        if parts:
+            x_NI[rows] = torch.cat(parts).cpu().numpy()
         return x_NI, faults
 
-    def _prepare(
-        self, sources: Sequence[Source], start: int, pool: ThreadPoolExecutor, faults: list[str | None]
-    ) -> tuple[list[int], np.ndarray | None]:
-        """Rows and pixels of one batch; faults are noted, and their images left out."""
-        chunk = sources[start : start + self.batch]
-        decoded = list(pool.map(lambda source: self._one(source), chunk))
-        rows, pixels = [], []
-        for row, found in enumerate(decoded, start):
-            if isinstance(found, str):
-                faults[row] = found
-            else:
-                rows.append(row)
-                pixels.append(found)
-        if not pixels:
-            return rows, None
-        if self.exact:
-            pixels += [np.zeros_like(pixels[0])] * (self.batch - len(pixels))
-        return rows, np.stack(pixels)
+    def _batches(self, sources: Sequence[Source]) -> Iterator[Decoded]:
+        """Slots and reasons of each batch while the next ones are decoded; slots are used again then."""
+        decoder = self._decoder = self._decoder or self._open()
+        slots = decoder.into.array()
+        waiting: deque[Started] = deque()
+        for number, start in enumerate(range(0, len(sources), self.batch)):
+            if len(waiting) == AHEAD:
+                yield self._wait(decoder, slots, waiting)
+                self._sent()
+            chunk, first = sources[start : start + self.batch], number % AHEAD * self.batch
+            waiting.append((first, decoder.start(first, chunk)))
+        while waiting:
+            yield self._wait(decoder, slots, waiting)
 
-    def _one(self, source: Source) -> np.ndarray | str:
-        try:
-            data = source if isinstance(source, bytes) else source()
-            picture = decode(data, max_pixels=self._max_pixels, max_bytes=self._max_bytes)
-            return self._pixels_of([picture])[0]
-        except ImageError as fault:
-            return str(fault)
+    def _wait(self, decoder: Decoder, slots: np.ndarray, waiting: deque[Started]) -> Decoded:
+        first, started = waiting.popleft()
+        reasons = decoder.wait(started)
+        return slots[first : first + len(reasons)], reasons
+
+    def _sent(self) -> None:
+        """Until the GPU has read the last batch's slots."""
+        if self._copied is not None:
+            self._copied.synchronize()
+
+    def _open(self) -> Decoder:
+        """The decoder and its buffer; one picture's shape is found by cutting one."""
+        of, blank = self._pixels_of, Image.new("RGB", (64, 64))
+        one = of.cut if isinstance(of, Preprocessing) else lambda picture: of([picture])[0]
+        sample = one(blank)
+        # A processor that is no cut and table cannot be handed to another process.
+        processes = self.device.type == "cuda" and isinstance(of, Preprocessing)
+        size = AHEAD * self.batch * sample.nbytes
+        buffer = shared_bytes(size) if processes else bytearray(size)
+        into = Into(buffer, (AHEAD * self.batch, *sample.shape), sample.dtype.str, one, self._limits)
+        if self.device.type == "cuda":
+            pin(self, into.array())
+        return Decoder(into, self._threads, processes)
+
+    def _batch_of(self, pixels: np.ndarray, good: list[int]) -> Tensor:
+        """The decoded pictures of a batch, filled up to the fixed shape where `exact`."""
+        if len(good) < len(pixels):
+            pixels = pixels[good]
+        if self.exact and len(pixels) < self.batch:
+            pixels = np.concatenate(
+                [pixels, np.zeros((self.batch - len(pixels), *pixels.shape[1:]), pixels.dtype)]
+            )
+        return torch.from_numpy(pixels)
 
     @torch.inference_mode()
-    def forward(self, pixels_BCHW: Tensor) -> Tensor:
-        """Unit vectors (B, I) of one batch, on the device."""
-        pixels = pixels_BCHW.to(self.device, self.dtype, memory_format=torch.channels_last)
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Unit vectors (B, I) of one batch, on the device; from floats (B, C, H, W) or bytes (B, H, W, C)."""
+        pixels = pixels.to(self.device, non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
+        if pixels.dtype == torch.uint8:
+            pixels = self._floats(pixels)
+        pixels = pixels.to(self.dtype, memory_format=torch.channels_last)
         return normalize(self._tower(pixels), dim=-1)
 
-
-def decode(data: bytes, *, max_pixels: int, max_bytes: int = 64 << 20) -> Image.Image:
-    """One RGB picture, upright, transparency on white, the first frame of an animation.
-
-    Raises ImageError where the bytes are no picture, a cut one, or one too large to be a product photo; the
-    header is looked at before anything is decompressed.
-    """
-    if not data:
-        raise ImageError("image is empty")
-    if len(data) > max_bytes:
-        raise ImageError(f"image of {len(data)} bytes, more than {max_bytes}")
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
-            check_size(*picture.size, max_pixels=max_pixels)
-            return to_rgb(ImageOps.exif_transpose(picture))
-    except ImageError:
-        raise
-    except Image.DecompressionBombError as fault:
-        raise ImageError(f"image has more than {max_pixels} pixels") from fault
-    except Exception as fault:
-        # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, IndexError ... on bad bytes.
-        raise ImageError(f"image cannot be decoded ({one_line(fault)})") from fault
+    def _floats(self, pixels_BHWC: Tensor) -> Tensor:
+        """The float of each byte, (B, C, H, W)."""
+        assert self._values_CV is not None
+        first_C = torch.arange(len(self._values_CV), device=self.device, dtype=torch.int32) * 256
+        return self._values_CV.flatten()[pixels_BHWC.int() + first_C].permute(0, 3, 1, 2)
 
 
-def check_size(width: int, height: int, *, max_pixels: int) -> None:
-    """Refuse decompression bombs and strips by the header alone."""
-    if width * height > max_pixels:
-        raise ImageError(f"image of {width} x {height}, more than {max_pixels} pixels")
-    if max(width, height) > LONGEST_RATIO * min(width, height):
-        raise ImageError(f"image of {width} x {height}, more than {LONGEST_RATIO} times as long as wide")
-
-
-def to_rgb(picture: Image.Image) -> Image.Image:
-    """RGB; what is transparent becomes white, since black would be read as part of the product."""
-    if picture.mode.startswith("I"):  # 16 bits of grey
-        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert("RGB")
-
-
-def one_line(fault: Exception) -> str:
-    """The first line of an exception without the address of the buffer, which changes from run to run."""
-    text = str(fault).splitlines()[0] if str(fault) else type(fault).__name__
-    return "not a picture" if "cannot identify image" in text else text[:120]
+def pin(owner: object, array: np.ndarray) -> None:
+    """Lock an array's pages for the time its owner lives: the GPU then copies them without the processor."""
+    cuda = torch.cuda.cudart()
+    if int(cuda.cudaHostRegister(array.ctypes.data, array.nbytes, 0)) == 0:
+        weakref.finalize(owner, cuda.cudaHostUnregister, array.ctypes.data)

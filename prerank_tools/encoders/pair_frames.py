@@ -10,8 +10,8 @@ import numpy as np
 import polars as pl
 
 from prerank_tools.encoders.content_frames import columns_of, image_columns, read_content
-from prerank_tools.encoders.image import Source
 from prerank_tools.encoders.pair_batches import PairRows
+from prerank_tools.encoders.pictures import Source
 from prerank_tools.errors import ContractError
 from prerank_tools.tables.table import Table
 

@@ -17,12 +17,12 @@ from torch import nn
 from prerank_tools.encoders.content_frames import default_template, image_columns, load
 from prerank_tools.encoders.encode import Encoder
 from prerank_tools.encoders.fusion import Fusion, FusionConfig, build_fusion
-from prerank_tools.encoders.image import decode
 from prerank_tools.encoders.item_encoder import ItemEncoder
 from prerank_tools.encoders.loading import EmbedConfig, fingerprint_of, load_image, load_text
 from prerank_tools.encoders.model_folder import kind_of, model_digest
 from prerank_tools.encoders.pair_batches import Contents, FeatureContents, FeatureEncoder, RawContents
 from prerank_tools.encoders.pair_frames import PairContents, read_pairs
+from prerank_tools.encoders.pictures import decode
 from prerank_tools.encoders.pretrain import TrainEncoderConfig, pretrain, split_by_group
 from prerank_tools.encoders.saved_models import ItemEncoderConfig, load_item_encoder, save_item_encoder
 from prerank_tools.encoders.tower_folders import (

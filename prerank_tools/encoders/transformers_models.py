@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers.utils import logging
 
 from prerank_tools.encoders.dual import DualImageTower, DualTextTower, fixed_length, is_dual
 from prerank_tools.encoders.image import ImageTower
+from prerank_tools.encoders.preprocessing import pixel_values, split
 from prerank_tools.encoders.settings import ImageConfig, TextConfig
 from prerank_tools.encoders.text import Pooling, TextTower, Tokenizer
 from prerank_tools.encoders.tower import Tower
@@ -182,7 +184,7 @@ def load_processor(folder: Path) -> Callable[[list[Image.Image]], np.ndarray]:
             f"{folder}: its image processor cannot be loaded ({str(fault).splitlines()[0][:200]})",
             "save the image processor into the model folder",
         ) from fault
-    return lambda pictures: processor(images=pictures, return_tensors="np")["pixel_values"].astype(np.float32)
+    return split(processor) or partial(pixel_values, processor)
 
 
 def image_pooling(model: Any, *, trained_pooler: bool) -> Any:

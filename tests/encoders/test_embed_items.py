@@ -15,8 +15,8 @@ from PIL import Image
 
 from prerank_cli.main import call
 from prerank_tools.encoders.fusion import FusionConfig, build_fusion
-from prerank_tools.encoders.image import decode
 from prerank_tools.encoders.item_encoder import ItemEncoder
+from prerank_tools.encoders.pictures import decode
 from prerank_tools.encoders.saved_models import ItemEncoderConfig, save_item_encoder
 from prerank_tools.encoders.settings import ImageConfig, TextConfig
 from prerank_tools.encoders.transformers_models import image_tower, text_tower

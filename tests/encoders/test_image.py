@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, ViTModel
 
-from prerank_tools.encoders.image import ImageEncoder, ImageError, decode
+from prerank_tools.encoders.image import ImageEncoder
 from prerank_tools.encoders.loading import EmbedConfig, load_image
+from prerank_tools.encoders.pictures import ImageError, decode
 from prerank_tools.encoders.settings import ImageConfig
 from tests.encoders import tiny_models
 
