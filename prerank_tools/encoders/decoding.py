@@ -25,37 +25,49 @@ from PIL import Image
 from prerank_tools.encoders.pictures import ImageError, Limits, Source, decode, load
 from prerank_tools.errors import RetryError
 
+Outcome = str | tuple[int, int] | None  # why there is no picture; width and height of an uncut one; or cut
 TASK = 8  # pictures a process takes at once: few enough that none waits long for the last one
 
 
 @dataclass(frozen=True)
 class Into:
-    """Where pictures go and how: a buffer of `shape` (slots, ...), cut by `pixels_of`, within `limits`."""
+    """Where pictures go and how: a buffer of slots of `stride` bytes, each for the array `pixels_of` makes.
+
+    A picture whose sides are at most `longest` and whose bytes fit into a slot is left uncut: a GPU does that
+    faster. `shape` and `dtype` are those of a cut one.
+    """
 
     buffer: Any  # whatever has numpy's buffer protocol: an array, or memory shared by processes
+    stride: int
     shape: tuple[int, ...]
     dtype: str
     pixels_of: Callable[[Image.Image], np.ndarray]
     limits: Limits
+    longest: int = 0
 
-    def array(self) -> np.ndarray:
-        """The buffer as an array (slots, ...)."""
-        return np.frombuffer(self.buffer, self.dtype).reshape(self.shape)
+    def slots(self) -> np.ndarray:
+        """The buffer as bytes (slots, stride)."""
+        return np.frombuffer(self.buffer, np.uint8).reshape(-1, self.stride)
 
-    def fill(self, first: int, sources: Sequence[Source]) -> list[str | None]:
-        """Decode into the slots from `first` on; per picture the reason why its slot holds none."""
-        slots = self.array()
+    def fill(self, first: int, sources: Sequence[Source]) -> list[Outcome]:
+        """Decode into the slots from `first` on."""
+        slots = self.slots()
         return [self.fill_one(slots[n], source) for n, source in enumerate(sources, first)]
 
-    def fill_one(self, slot: np.ndarray, source: Source) -> str | None:
+    def fill_one(self, slot_S: np.ndarray, source: Source) -> Outcome:
         """Decode one picture into its slot, or say why not."""
         limits = self.limits
         try:
             picture = decode(load(source), max_pixels=limits.max_pixels, max_bytes=limits.max_bytes)
-            np.copyto(slot, self.pixels_of(picture), casting="no")
         except ImageError as fault:
             return str(fault)
-        return None
+        width, height = picture.size
+        uncut = max(width, height) <= self.longest and width * height * 3 <= len(slot_S)
+        pixels = np.asarray(picture) if uncut else self.pixels_of(picture)
+        if not uncut and (pixels.shape != self.shape or pixels.dtype.str != self.dtype):
+            raise ValueError(f"preprocessing gave {pixels.shape} after {self.shape}: one shape is needed")
+        slot_S[: pixels.nbytes].view(pixels.dtype).reshape(pixels.shape)[...] = pixels
+        return (width, height) if uncut else None
 
 
 @dataclass
@@ -67,18 +79,18 @@ class Decoder:
     processes: bool = False
     _pool: Executor | None = field(default=None, repr=False)
 
-    def start(self, first: int, sources: Sequence[Source]) -> list[Future[list[str | None]]]:
+    def start(self, first: int, sources: Sequence[Source]) -> list[Future[list[Outcome]]]:
         """Begin to fill the slots from `first` on."""
         cuts = range(0, len(sources), TASK)
         return [self._submit(first + cut, sources[cut : cut + TASK]) for cut in cuts]
 
-    def wait(self, started: Sequence[Future[list[str | None]]]) -> list[str | None]:
-        """Until those slots are filled; the reasons, in the order of the pictures.
+    def wait(self, started: Sequence[Future[list[Outcome]]]) -> list[Outcome]:
+        """Until those slots are filled; what became of each picture, in their order.
 
         Raises RetryError where a process died.
         """
         try:
-            return [reason for future in started for reason in future.result()]
+            return [outcome for future in started for outcome in future.result()]
         except BrokenProcessPool as fault:
             self._pool = None
             raise RetryError(
@@ -86,7 +98,7 @@ class Decoder:
                 "out of memory? run the same line again with fewer --threads",
             ) from fault
 
-    def _submit(self, first: int, sources: Sequence[Source]) -> Future[list[str | None]]:
+    def _submit(self, first: int, sources: Sequence[Source]) -> Future[list[Outcome]]:
         if self._pool is None:
             self._pool = self._open()
         if self.processes:
@@ -123,6 +135,6 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _fill(first: int, sources: Sequence[Source]) -> list[str | None]:
+def _fill(first: int, sources: Sequence[Source]) -> list[Outcome]:
     assert _into is not None
     return _into.fill(first, sources)

@@ -8,6 +8,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from importlib.util import find_spec
 from typing import Literal
 
 import numpy as np
@@ -16,13 +17,24 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from prerank_tools.encoders.decoding import Decoder, Into, shared_bytes
+from prerank_tools.encoders.decoding import Decoder, Into, Outcome, shared_bytes
+from prerank_tools.encoders.patches import multiply_patches
 from prerank_tools.encoders.pictures import Limits, Source
 from prerank_tools.encoders.preprocessing import Preprocessing
-from prerank_tools.encoders.tower import GPU_FACTOR, InPieces, Tower, no_log, resolve_precision
+from prerank_tools.encoders.resampling import order_of
+from prerank_tools.encoders.tower import (
+    GPU_FACTOR,
+    InPieces,
+    Tower,
+    compile_blocks,
+    no_log,
+    resolve_precision,
+)
 
-Started = tuple[int, list[Future[list[str | None]]]]  # the first slot of a batch, and who fills the slots
-Decoded = tuple[np.ndarray, list[str | None]]  # the slots of a batch, and why some hold no picture
+UNCUT = 4  # a slot holds this many times the bytes of a cut picture, where the GPU is to cut it
+
+Started = tuple[int, list[Future[list[Outcome]]]]  # the first slot of a batch, and who fills the slots
+Decoded = tuple[np.ndarray, list[Outcome]]  # the slots of a batch, and what is in them
 AHEAD = 3  # batches of pictures in the buffer: one in the forward pass, the others being decoded
 
 
@@ -68,20 +80,24 @@ class ImageEncoder:
         threads: int = 2,
         log: Callable[..., None] = no_log,
     ) -> None:
-        self.exact = exact
         self.device = torch.device(device)
         self.batch = batch * GPU_FACTOR if self.device.type == "cuda" else batch
         self.dtype = resolve_precision(precision, self.device)
         self.tower = tower.eval().to(self.device, self.dtype)
         self.tower.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._tower = torch.compile(self.tower) if compiled else self.tower
+        if self.device.type == "cuda":
+            multiply_patches(self.tower)
+        if compiled:
+            compile_blocks(self.tower, dynamic=False)
+        self._one_shape = exact or compiled
         self._in_pieces = InPieces(self.forward, log)
         self.dim = tower.dim
         self._pixels_of = pixels_of
         self._threads = threads
         self._limits = Limits(max_pixels, max_bytes)
         self._decoder: Decoder | None = None
-        self._copied = torch.cuda.Event() if self.device.type == "cuda" else None
+        self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._cuts = self.device.type == "cuda" and can_cut_on_gpu(pixels_of)
         self._values_CV: Tensor | None = None
         if isinstance(pixels_of, Preprocessing):
             self._values_CV = torch.from_numpy(pixels_of.values_CV).to(self.device, self.dtype)
@@ -89,28 +105,28 @@ class ImageEncoder:
     def encode(self, sources: Sequence[Source]) -> tuple[np.ndarray, list[str | None]]:
         """Unit vectors x_NI in float32 and, per image, the reason why it has none (its row is zero then)."""
         x_NI = np.zeros((len(sources), self.dim), np.float32)
-        faults: list[str | None] = []
-        rows: list[int] = []
+        found: list[Outcome] = []
         parts: list[Tensor] = []  # on the device: a copy after each batch would wait for it
-        for pixels, reasons in self._batches(sources):
-            good = [n for n, reason in enumerate(reasons) if reason is None]
-            rows += [len(faults) + n for n in good]
-            faults += reasons
+        for slots, outcomes in self._batches(sources):
+            good = [n for n, outcome in enumerate(outcomes) if not isinstance(outcome, str)]
+            found += outcomes
             if good:
-                parts.append(self._in_pieces(self._batch_of(pixels, good))[: len(good)])
+                parts.append(self._in_pieces(self._batch_of(slots, outcomes, good))[: len(good)])
+        faults = [outcome if isinstance(outcome, str) else None for outcome in found]
         if parts:
-            x_NI[rows] = torch.cat(parts).cpu().numpy()
+            x_NI[[fault is None for fault in faults]] = torch.cat(parts).cpu().numpy()
         return x_NI, faults
 
     def _batches(self, sources: Sequence[Source]) -> Iterator[Decoded]:
-        """Slots and reasons of each batch while the next ones are decoded; slots are used again then."""
+        """Slots and outcomes of each batch while the next ones are decoded; slots are used again then."""
         decoder = self._decoder = self._decoder or self._open()
-        slots = decoder.into.array()
+        slots = decoder.into.slots()
         waiting: deque[Started] = deque()
         for number, start in enumerate(range(0, len(sources), self.batch)):
             if len(waiting) == AHEAD:
                 yield self._wait(decoder, slots, waiting)
-                self._sent()
+                if self._copies is not None:
+                    self._copies.synchronize()
             chunk, first = sources[start : start + self.batch], number % AHEAD * self.batch
             waiting.append((first, decoder.start(first, chunk)))
         while waiting:
@@ -118,54 +134,79 @@ class ImageEncoder:
 
     def _wait(self, decoder: Decoder, slots: np.ndarray, waiting: deque[Started]) -> Decoded:
         first, started = waiting.popleft()
-        reasons = decoder.wait(started)
-        return slots[first : first + len(reasons)], reasons
-
-    def _sent(self) -> None:
-        """Until the GPU has read the last batch's slots."""
-        if self._copied is not None:
-            self._copied.synchronize()
+        outcomes = decoder.wait(started)
+        return slots[first : first + len(outcomes)], outcomes
 
     def _open(self) -> Decoder:
-        """The decoder and its buffer; one picture's shape is found by cutting one."""
-        of, blank = self._pixels_of, Image.new("RGB", (64, 64))
+        """The decoder and its buffer; a cut picture's shape is found by cutting one."""
+        of = self._pixels_of
         one = of.cut if isinstance(of, Preprocessing) else lambda picture: of([picture])[0]
-        sample = one(blank)
+        sample = one(Image.new("RGB", (64, 64)))
+        stride, longest = sample.nbytes, 0
         # A processor that is no cut and table cannot be handed to another process.
         processes = self.device.type == "cuda" and isinstance(of, Preprocessing)
-        size = AHEAD * self.batch * sample.nbytes
+        if self._cuts:
+            stride, longest = UNCUT * stride, UNCUT * max(sample.shape)
+        size = AHEAD * self.batch * stride
         buffer = shared_bytes(size) if processes else bytearray(size)
-        into = Into(buffer, (AHEAD * self.batch, *sample.shape), sample.dtype.str, one, self._limits)
+        into = Into(buffer, stride, sample.shape, sample.dtype.str, one, self._limits, longest)
+        self._shape, self._pixel = sample.shape, sample.dtype
         if self.device.type == "cuda":
-            pin(self, into.array())
+            pin(self, into.slots())
         return Decoder(into, self._threads, processes)
 
-    def _batch_of(self, pixels: np.ndarray, good: list[int]) -> Tensor:
-        """The decoded pictures of a batch, filled up to the fixed shape where `exact`."""
-        if len(good) < len(pixels):
-            pixels = pixels[good]
-        if self.exact and len(pixels) < self.batch:
-            pixels = np.concatenate(
-                [pixels, np.zeros((self.batch - len(pixels), *pixels.shape[1:]), pixels.dtype)]
-            )
-        return torch.from_numpy(pixels)
+    def _batch_of(self, slots: np.ndarray, outcomes: Sequence[Outcome], good: list[int]) -> Tensor:
+        """The pixels of a batch on the device, filled up where all must have one shape."""
+        if self._cuts:
+            from prerank_tools.encoders.scaling_triton import cut_pictures
+
+            pictures = [(n, uncut_size(outcomes[n])) for n in good]
+            pixels = cut_pictures(slots, pictures, self._pixels_of.cut, self._send)  # type: ignore[attr-defined]
+        else:
+            whole = slots if len(good) == len(slots) else slots[good]
+            pixels = self._send(whole.view(self._pixel).reshape(-1, *self._shape))
+        if self._one_shape and len(pixels) < self.batch:
+            blank = pixels.new_zeros((self.batch - len(pixels), *self._shape))
+            pixels = torch.cat([pixels, blank])
+        return pixels
+
+    def _send(self, array: np.ndarray) -> Tensor:
+        """To the device, beside whatever it computes."""
+        if self._copies is None:
+            return torch.from_numpy(array)
+        computing = torch.cuda.current_stream()
+        with torch.cuda.stream(self._copies):
+            sent = torch.from_numpy(array).to(self.device, non_blocking=True)
+        computing.wait_stream(self._copies)
+        sent.record_stream(computing)
+        return sent
 
     @torch.inference_mode()
     def forward(self, pixels: Tensor) -> Tensor:
         """Unit vectors (B, I) of one batch, on the device; from floats (B, C, H, W) or bytes (B, H, W, C)."""
-        pixels = pixels.to(self.device, non_blocking=True)
-        if self._copied is not None:
-            self._copied.record()
+        pixels = pixels.to(self.device)
         if pixels.dtype == torch.uint8:
             pixels = self._floats(pixels)
         pixels = pixels.to(self.dtype, memory_format=torch.channels_last)
-        return normalize(self._tower(pixels), dim=-1)
+        return normalize(self.tower(pixels), dim=-1)
 
     def _floats(self, pixels_BHWC: Tensor) -> Tensor:
         """The float of each byte, (B, C, H, W)."""
         assert self._values_CV is not None
         first_C = torch.arange(len(self._values_CV), device=self.device, dtype=torch.int32) * 256
         return self._values_CV.flatten()[pixels_BHWC.int() + first_C].permute(0, 3, 1, 2)
+
+
+def uncut_size(outcome: Outcome) -> tuple[int, int] | None:
+    """Width and height of a picture that is still to be cut."""
+    return outcome if isinstance(outcome, tuple) else None
+
+
+def can_cut_on_gpu(pixels_of: object) -> bool:
+    """Is this a cut whose bytes are known, and is there Triton?"""
+    if not isinstance(pixels_of, Preprocessing) or find_spec("triton") is None:
+        return False
+    return order_of(pixels_of.cut.resample) is not None
 
 
 def pin(owner: object, array: np.ndarray) -> None:

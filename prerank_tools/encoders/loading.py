@@ -28,6 +28,7 @@ from prerank_tools.encoders.transformers_models import (
     image_tower,
     load_processor,
     resolve_pooling,
+    take_short_attention,
     text_tower,
 )
 from prerank_tools.errors import UsageError
@@ -101,6 +102,8 @@ def load_text(folder: Path, config: EmbedConfig, *, device: str, log: Log = no_l
     if kind_of(folder) == "tfidf":
         return load_tfidf(folder)
     tower, tokenizer = text_tower(folder, config.text)
+    # Exact batches keep the general attention: the other one's sums depend on where in a block a text lies.
+    masks_freely = device == "cuda" and not config.exact_batches and take_short_attention(tower, tokenizer)
     return TextEncoder(
         tower,
         tokenizer,
@@ -109,6 +112,7 @@ def load_text(folder: Path, config: EmbedConfig, *, device: str, log: Log = no_l
         precision=config.precision,
         exact=config.exact_batches,
         compiled=config.compile,
+        masks_freely=masks_freely,
         device=device,
         log=log,
     )

@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from prerank_tools.encoders.batches import Batch, Shape, Tokens, ahead, cut_batches, fill_batch
-from prerank_tools.encoders.tower import GPU_FACTOR, InPieces, Tower, no_log, resolve_precision
+from prerank_tools.encoders.tower import (
+    GPU_FACTOR,
+    InPieces,
+    Tower,
+    compile_blocks,
+    no_log,
+    resolve_precision,
+)
 
 Pooling = Literal["mean", "cls", "last"]
 WINDOW = 8192
@@ -68,8 +75,9 @@ class Tokenizer:
 class TextEncoder:
     """A tower ready to encode: tokeniser, batching, precision and device.
 
-    With `exact`, a text's bytes depend neither on the budget nor on what shares its batch. A batch that does
-    not fit in memory runs in halves; `log` is told.
+    With `exact`, a text's bytes depend neither on the budget nor on what shares its batch. Where the model
+    `masks_freely`, a GPU takes texts of several lengths in one batch; otherwise a mask costs it more than
+    batches of one length each. A batch that does not fit in memory runs in halves; `log` is told.
     """
 
     def __init__(
@@ -82,6 +90,7 @@ class TextEncoder:
         precision: str = "auto",
         exact: bool = False,
         compiled: bool = False,
+        masks_freely: bool = False,
         device: str = "cpu",
         log: Callable[..., None] = no_log,
     ) -> None:
@@ -90,13 +99,13 @@ class TextEncoder:
         # A GPU is busy only with more at once; the number is fixed, so that bytes repeat on one device type.
         self.budget = token_budget * GPU_FACTOR if on_gpu else token_budget
         self.dtype = resolve_precision(precision, self.device)
-        self.shape: Shape = (
-            "exact" if exact else "uniform" if on_gpu and not tokenizer.fixed_length else "sorted"
-        )
+        uniform = on_gpu and not masks_freely and not tokenizer.fixed_length
+        self.shape: Shape = "exact" if exact else "uniform" if uniform else "sorted"
         # Texts sorted by length together; the next window is tokenised during this one's passes.
         self.window = WINDOW * GPU_FACTOR if on_gpu else WINDOW
         self.tower = tower.eval().to(self.device, self.dtype)
-        self._tower = torch.compile(self.tower, dynamic=True) if compiled else self.tower
+        if compiled:
+            compile_blocks(self.tower, dynamic=True)
         self._in_pieces = InPieces(self.forward, log)
         self.dim = tower.dim
         self.tokenizer = tokenizer
@@ -140,4 +149,4 @@ class TextEncoder:
         """Unit vectors (B, T) of one batch, on the device; without a mask every token is visible."""
         ids_BS = ids_BS.to(self.device, non_blocking=True)
         mask_BS = None if mask_BS is None else mask_BS.to(self.device, non_blocking=True)
-        return normalize(self._tower(ids_BS, mask_BS), dim=-1)
+        return normalize(self.tower(ids_BS, mask_BS), dim=-1)

@@ -23,6 +23,23 @@ def no_log(event: str, **fields: Any) -> None:
     """Says nothing."""
 
 
+def compile_blocks(tower: Tower, *, dynamic: bool) -> None:
+    """torch.compile for each of a model's equal blocks: one compilation serves all of them.
+
+    Compiled as a whole, transformers' attention loses its fast kernels (a mask is built where there is none),
+    and it takes minutes. A model without equal blocks is compiled whole.
+    """
+    stacks = [stack for stack in tower.modules() if isinstance(stack, nn.ModuleList) and equal_blocks(stack)]
+    for block in [block for stack in stacks for block in stack] or [tower]:
+        block.compile(dynamic=dynamic)
+
+
+def equal_blocks(stack: nn.ModuleList) -> bool:
+    """Two blocks or more of one class with weights of the same shapes."""
+    kinds = {(type(block), tuple(weight.shape for weight in block.parameters())) for block in stack}
+    return len(stack) > 1 and len(kinds) == 1
+
+
 class InPieces:
     """Runs batches in as many pieces as the device's memory turns out to need.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,16 @@ def text_tower(folder: Path, config: TextConfig) -> tuple[Tower, Tokenizer]:
         model.pooler = None  # BERT's head for next-sentence prediction: nothing here reads it
     tower = TextTower(model, resolve_pooling(folder, config), dim=int(model.config.hidden_size))
     return tower, load_tokenizer(folder, model.config)
+
+
+def take_short_attention(tower: Tower, tokenizer: Tokenizer) -> bool:
+    """Give a two-way text model the GPU's attention for short texts; was it one that takes it?"""
+    model = getattr(tower, "model", None)
+    if find_spec("triton") is None or tokenizer.fixed_length or model is None or is_decoder(model.config):
+        return False
+    from prerank_tools.encoders.short_attention_triton import use_short_attention
+
+    return use_short_attention(model)
 
 
 def image_tower(folder: Path, config: ImageConfig) -> tuple[Tower, Callable[[list[Image.Image]], np.ndarray]]:

@@ -19,7 +19,6 @@ from prerank_tools.encoders.decoding import Decoder, Into, shared_bytes
 from prerank_tools.encoders.pictures import Cut, Limits, read_below
 from prerank_tools.errors import RetryError
 
-SHAPE = (24, 8, 8, 3)
 CUT = Cut((8, 8), Image.Resampling.BICUBIC)
 
 
@@ -30,10 +29,10 @@ def photo(seed: int, kind: str = "PNG") -> bytes:
     return buffer.getvalue()
 
 
-def decoder(workers: int, *, processes: bool) -> Decoder:
-    size = int(np.prod(SHAPE))
+def decoder(workers: int, *, processes: bool, longest: int = 0) -> Decoder:
+    size = 24 * 192
     buffer = shared_bytes(size) if processes else bytearray(size)
-    into = Into(buffer, SHAPE, "|u1", CUT, Limits(max_pixels=1_000))
+    into = Into(buffer, 192, (8, 8, 3), "|u1", CUT, Limits(max_pixels=1_000), longest)
     return Decoder(into, workers, processes)
 
 
@@ -52,7 +51,7 @@ def test_processes_fill_the_slots_that_threads_fill(tmp_path: Path) -> None:
     for workers, processes in ((1, False), (3, False), (2, True)):
         filled = decoder(workers, processes=processes)
         reasons = filled.wait(filled.start(2, sources))
-        found.append((reasons, filled.into.array().tobytes()))
+        found.append((reasons, filled.into.slots().tobytes()))
     assert found[0] == found[1] == found[2]
     reasons, slots = found[0]
     assert [n for n, reason in enumerate(reasons) if reason] == [17, 18, 20]
@@ -60,7 +59,20 @@ def test_processes_fill_the_slots_that_threads_fill(tmp_path: Path) -> None:
         "not a picture" in reasons[17] and "more than 1000 pixels" in reasons[18] and "no such" in reasons[20]
     )
     expected = np.asarray(Image.open(io.BytesIO(photo(3))).resize((8, 8), Image.Resampling.BICUBIC))
-    assert np.frombuffer(slots, np.uint8).reshape(SHAPE)[5].tobytes() == expected.tobytes()
+    assert np.frombuffer(slots, np.uint8).reshape(24, 192)[5].tobytes() == expected.tobytes()
+
+
+def test_what_a_gpu_can_cut_is_left_uncut() -> None:
+    filled = decoder(1, processes=False, longest=8)
+    small, long = (Image.fromarray(np.full(shape, 7, np.uint8)) for shape in ((5, 8, 3), (3, 9, 3)))
+    sources = []
+    for picture in (small, long):
+        buffer = io.BytesIO()
+        picture.save(buffer, "PNG")
+        sources.append(buffer.getvalue())
+    assert filled.wait(filled.start(0, sources)) == [(8, 5), None]
+    slots = filled.into.slots()
+    assert slots[0].tolist() == [7] * 120 + [0] * 72 and slots[1].tolist() == [7] * 192
 
 
 def end_this_process() -> bytes:
