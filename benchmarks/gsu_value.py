@@ -24,8 +24,8 @@ from torch import nn
 
 from prerank_tools.gsu.frames import search_of
 from prerank_tools.gsu.layers import SimTier
+from prerank_tools.gsu.rank import cosines_at
 from prerank_tools.gsu.search import Groups, TopK, topk
-from prerank_tools.gsu.search_numba import cosines_at
 from prerank_tools.gsu.simtier import simtier
 from prerank_tools.gsu.vector_frames import ItemVectors, read_vectors
 from prerank_tools.metrics.ranking import auc, auc_per_group

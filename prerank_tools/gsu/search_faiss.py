@@ -7,8 +7,8 @@ import faiss
 import numpy as np
 
 from prerank_tools.gsu.cosine import exact_cosines, inverse_norms
+from prerank_tools.gsu.rank import cosines_at
 from prerank_tools.gsu.search import RECENT, Groups, TopK, choosable, empty_topk
-from prerank_tools.gsu.search_numba import cosines_at
 
 
 def topk_faiss(

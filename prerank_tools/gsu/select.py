@@ -1,10 +1,10 @@
-"""Choose the top K from blocks of bf16 products: a threshold that cuts no winner, an exact finish.
+"""Shortlists of the top K from blocks of bf16 products: thresholds that cut no winner.
 
 With t the K-th largest product and every product within `slack` of the true cosine, a behaviour below
-t - rounding(t) - 2 slack cannot be among the K best. Products are compared as int16 views of their bf16 bits,
-which are in order for positive numbers; a row whose threshold is not clearly positive is made so for all.
+t - rounding(t) - 2 slack cannot be among the K best. Products lie behaviour by behaviour, so that 32
+candidates pass each step together, and are compared as int16 views of their bf16 bits, made monotone.
 """
-# C candidates, n behaviours of a chunk, B capacity, K kept, V vectors, D dims, G groups of behaviours
+# C candidates (B of a vector of 32), n behaviours of a chunk, B capacity, K kept, G groups of behaviours
 
 from __future__ import annotations
 
@@ -12,27 +12,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from prerank_tools.gsu.search import TopK
 from prerank_tools.gsu.simd import (
-    LANES,
     at_least_32,
-    count_above,
+    count_32,
     kernel,
-    lane_dot,
-    raise_to_32,
+    reaching_32,
     set_bits,
+    take_in_32,
     trailing_zeros,
 )
 
 LOWEST = np.int16(-32768)
-
-
-class Past(NamedTuple):
-    """A history: rows of the table, inverse norms (0 without a vector), running count of vectors."""
-
-    rows_n: np.ndarray
-    inverse_n: np.ndarray
-    with_vector_n: np.ndarray
+HIDDEN = LOWEST  # the key of a behaviour that a candidate does not see; no product has it
+HIGHEST = np.int16(32767)  # no product reaches it
+WIDE = 32  # candidates of a vector
 
 
 class Shortlists(NamedTuple):
@@ -47,221 +40,162 @@ class Shortlists(NamedTuple):
     ids_CB: np.ndarray
     kept_CB: np.ndarray
 
-    @classmethod
-    def of(cls, candidates: int, ids_CB: np.ndarray, kept_CB: np.ndarray) -> Shortlists:
-        """Empty lists in these buffers."""
-        return cls(
-            low_C=np.full(candidates, LOWEST),
-            slack_C=np.zeros(candidates, dtype=np.float32),
-            size_C=np.zeros(candidates, dtype=np.int64),
-            ids_CB=ids_CB[:candidates],
-            kept_CB=kept_CB[:candidates],
-        )
-
 
 @kernel
-def absorb(
-    keys_Cn: np.ndarray, start: int, first: int, visible_C: np.ndarray, k: int, lists: Shortlists
-) -> None:
-    """Add what can win among behaviours `start ..` to the shortlists of the candidates from `first` on."""
-    maxima = np.empty((1, _groups_for(k)), dtype=np.int16)
-    for row in range(keys_Cn.shape[0]):
-        c = first + row
-        n = min(keys_Cn.shape[1], visible_C[c] - start)
-        if n <= 0 or lists.size_C[c] < 0:
-            continue
-        if lists.low_C[c] <= 0:
-            low = _low_from_maxima(keys_Cn, row, n, k, lists.slack_C[c], maxima)
-            if low <= 0:
-                _make_monotone(keys_Cn, row, n)
-                low = _low_by_counting(keys_Cn, row, n, k, lists.slack_C[c])
-            lists.low_C[c] = max(lists.low_C[c], low)
-        _collect(keys_Cn, row, n, start, k, lists, c)
+def absorb(keys_nC: np.ndarray, start: int, visible_C: np.ndarray, k: int, lists: Shortlists) -> None:
+    """Add what can win among behaviours `start ..` to the shortlists; rows past the history are not read."""
+    asked, width = len(visible_C), keys_nC.shape[1]
+    seen_1C = np.zeros((1, width), dtype=np.int16)
+    for c in range(asked):
+        seen_1C[0, c] = min(max(visible_C[c] - start, 0), HIGHEST)
+    maxima_GC = _take_in(keys_nC, seen_1C, k)
+    low_1C = np.full((1, width), HIGHEST, dtype=np.int16)
+    for first in range(0, asked, WIDE):
+        _raise(keys_nC, maxima_GC, first, min(first + WIDE, asked), k, lists)
+    for c in range(asked):
+        low_1C[0, c] = max(lists.low_C[c], HIDDEN + 1) if lists.size_C[c] >= 0 else HIGHEST
+    _collect(keys_nC, start, low_1C, k, lists)
 
 
-@kernel
-def finish(
-    table_VD: np.ndarray,
-    past: Past,
-    candidate_1D: np.ndarray,
-    inverse: float,
-    lists: Shortlists,
-    c: int,
-    exact_1B: np.ndarray,
-    found: TopK,
-    m: int,
-) -> int:
-    """Exact cosines of shortlist `c`, best K first into row `m` of `found`; how many there are."""
-    left, ids_B = 0, lists.ids_CB[c]
-    whole = (lists.size_C[c] + 31) // 32 * 32
-    for b in range(lists.size_C[c], whole):
+@kernel(inlined=True)
+def cut(lists: Shortlists, c: int, size: int, k: int) -> Any:
+    """The threshold that list `c` itself gives, at least its running one."""
+    whole = (size + 31) // 32 * 32
+    for b in range(size, whole):
         lists.kept_CB[c, b] = LOWEST
-    cut = _low_by_counting(lists.kept_CB, c, whole, found.positions_MK.shape[1], lists.slack_C[c])
-    low = max(lists.low_C[c], cut)
-    for b in range(lists.size_C[c]):
-        if lists.kept_CB[c, b] >= low:
-            sim = cosine_at(table_VD, past, candidate_1D, inverse, ids_B[b])
-            if sim != 0.0:
-                exact_1B[0, left] = sim
-                ids_B[left] = ids_B[b]
-                left += 1
-    return _order(exact_1B, ids_B, left, found.positions_MK[m], found.sims_MK[m])
+    kth = _kth_listed(lists.kept_CB, c, whole, k)
+    low, zero = _below(kth, lists.slack_C[c]), _zero_key(lists.slack_C[c])
+    if low <= zero:  # what may be an exact zero does not count among the K
+        zeros = _count_listed(lists.kept_CB, c, whole, np.int16(-zero - 1))
+        zeros -= _count_listed(lists.kept_CB, c, whole, np.int16(zero + 1))
+        low = _below(_kth_listed(lists.kept_CB, c, whole, k + zeros), lists.slack_C[c])
+    return max(low, lists.low_C[c])
+
+
+# A behaviour belongs to group (position mod G). The K-th largest of the groups' maxima is reached by at least
+# K behaviours, and by few more because G is well above K: it costs one vector maximum a behaviour.
+@kernel
+def _take_in(keys_nC: np.ndarray, seen_1C: np.ndarray, k: int) -> np.ndarray:
+    """Make the keys monotone, HIDDEN where a candidate sees no behaviour; maxima of groups (G, C)."""
+    groups = 128
+    while groups < 2 * k:
+        groups *= 2
+    maxima_GC = np.full((groups, keys_nC.shape[1]), LOWEST, dtype=np.int16)
+    for i in range(keys_nC.shape[0]):
+        for at in range(0, keys_nC.shape[1], WIDE):
+            take_in_32(keys_nC, i, at, seen_1C, maxima_GC, i % groups)
+    return maxima_GC
 
 
 @kernel
-def finish_all(
-    table_VD: np.ndarray,
-    past: Past,
-    candidate_1D: np.ndarray,
-    inverse: float,
-    visible: int,
-    found: TopK,
-    m: int,
-) -> int:
-    """The same over every visible behaviour: short histories, and rows whose shortlist did not fit."""
-    positions_K, k, kept = found.positions_MK[m], found.positions_MK.shape[1], 0
-    best_K = np.empty(k)
-    # Latest first, so that an equal cosine stays behind: ties go to the later behaviour.
-    for position in range(visible - 1, -1, -1):
-        sim = cosine_at(table_VD, past, candidate_1D, inverse, position)
-        if sim == 0.0 or (kept == k and sim <= best_K[k - 1]):
-            continue
-        at = min(kept, k - 1)
-        while at > 0 and best_K[at - 1] < sim:
-            best_K[at] = best_K[at - 1]
-            positions_K[at] = positions_K[at - 1]
-            at -= 1
-        best_K[at], positions_K[at] = sim, position
-        kept = min(kept + 1, k)
-    for i in range(kept):
-        found.sims_MK[m, i] = best_K[i]
-    return kept
+def _raise(
+    keys_nC: np.ndarray, maxima_GC: np.ndarray, first: int, last: int, k: int, lists: Shortlists
+) -> None:
+    """Raise the thresholds of up to 32 candidates, if one of them has no clear one yet."""
+    settled = True
+    for c in range(first, last):
+        settled &= lists.low_C[c] > _zero_key(lists.slack_C[c])
+    if settled:
+        return
+    want_1B = np.full((1, WIDE), k, dtype=np.int16)
+    kth_1B = _kth_largest(maxima_GC, first, want_1B)
+    clear = True
+    for c in range(first, last):
+        clear &= _below(kth_1B[0, c - first], lists.slack_C[c]) > _zero_key(lists.slack_C[c])
+    if not clear:
+        kth_1B = _kth_beside_zeros(keys_nC, first, last, want_1B, lists)
+    for c in range(first, last):
+        lists.low_C[c] = max(lists.low_C[c], _below(kth_1B[0, c - first], lists.slack_C[c]))
 
 
 @kernel
-def cosine_at(
-    table_VD: np.ndarray, past: Past, candidate_1D: np.ndarray, inverse: float, position: int
-) -> float:
-    """`cosine.exact_cosines` of a float64 candidate and a behaviour; 0 where that has no vector."""
-    if past.inverse_n[position] == 0.0:
-        return 0.0
-    dot: float = lane_dot(table_VD, past.rows_n[position], candidate_1D, 0)
-    return dot * inverse * past.inverse_n[position]
+def _kth_beside_zeros(
+    keys_nC: np.ndarray, first: int, last: int, want_1B: np.ndarray, lists: Shortlists
+) -> np.ndarray:
+    """The K-th largest of all keys; where it is not clear of zero, of those that cannot be exact zeros."""
+    kth_1B, zero_1B = _kth_largest(keys_nC, first, want_1B), np.zeros((1, WIDE), dtype=np.int16)
+    for c in range(first, last):
+        zero_1B[0, c - first] = _zero_key(lists.slack_C[c])
+    above_1B, from_1B = np.empty_like(zero_1B), np.empty_like(zero_1B)
+    count_32(keys_nC, first, zero_1B + np.int16(1), above_1B)
+    count_32(keys_nC, first, -zero_1B - np.int16(1), from_1B)
+    for c in range(first, last):
+        if _below(kth_1B[0, c - first], lists.slack_C[c]) <= zero_1B[0, c - first]:
+            want_1B[0, c - first] += from_1B[0, c - first] - above_1B[0, c - first]
+    return _kth_largest(keys_nC, first, want_1B)
 
 
 @kernel
-def _order(
-    exact_1B: np.ndarray, ids_B: np.ndarray, size: int, positions_K: np.ndarray, sims_K: np.ndarray
-) -> int:
-    """Place each by how many are greater; equal ones are met latest first and take the next free place."""
-    k, steps = len(positions_K), (size + LANES - 1) // LANES
-    for b in range(size, steps * LANES):
-        exact_1B[0, b] = -2.0
-    for b in range(size - 1, -1, -1):
-        place = count_above(exact_1B, steps, exact_1B[0, b])
-        while place < k and positions_K[place] >= 0:
-            place += 1
-        if place < k:
-            positions_K[place] = ids_B[b]
-            sims_K[place] = exact_1B[0, b]
-    return min(size, k)
+def _kth_largest(keys_nC: np.ndarray, at: int, want_1B: np.ndarray) -> np.ndarray:
+    """Of 32 candidates each the largest key that `want_1B` of its keys reach, LOWEST if there are fewer."""
+    low_1B = np.full((1, WIDE), LOWEST, dtype=np.int16)
+    trial_1B, count_1B = np.empty((1, WIDE), dtype=np.int16), np.empty((1, WIDE), dtype=np.int16)
+    for bit in range(15, -1, -1):
+        for j in range(WIDE):
+            trial_1B[0, j] = low_1B[0, j] + (1 << bit)
+        count_32(keys_nC, at, trial_1B, count_1B)
+        for j in range(WIDE):
+            if count_1B[0, j] >= want_1B[0, j]:
+                low_1B[0, j] = trial_1B[0, j]
+    return low_1B
 
 
 @kernel
-def _collect(keys_Cn: np.ndarray, row: int, n: int, start: int, k: int, lists: Shortlists, c: int) -> None:
-    size, capacity = lists.size_C[c], lists.ids_CB.shape[1]
-    for block in range(0, n, 32):
-        if size + 32 > capacity:
-            size = _compact(c, size, k, lists)
-            if size + 32 > capacity:
-                lists.size_C[c] = -1
-                return
-        bits = _mask(keys_Cn, row, block, n, lists.low_C[c])
-        while bits:
-            at = block + trailing_zeros(bits)
-            lists.ids_CB[c, size] = start + at
-            lists.kept_CB[c, size] = keys_Cn[row, at]
-            size += 1
-            bits &= bits - 1
-    lists.size_C[c] = size
+def _collect(keys_nC: np.ndarray, start: int, low_1C: np.ndarray, k: int, lists: Shortlists) -> None:
+    # Two behaviours at a time: the branch on whether there is anything left costs more than the bits.
+    for i in range(0, keys_nC.shape[0], 2):
+        for at in range(0, keys_nC.shape[1], WIDE):
+            bits = reaching_32(keys_nC, i, at, low_1C) | reaching_32(keys_nC, i + 1, at, low_1C) << 32
+            while bits:
+                bit = trailing_zeros(bits)
+                bits &= bits - 1
+                row, c = i + (bit >> 5), at + (bit & 31)
+                _append(lists, c, start + row, keys_nC[row, c])
+                if lists.size_C[c] == lists.ids_CB.shape[1]:
+                    low_1C[0, c] = _compact(lists, c, k)
+
+
+@kernel(inlined=True)
+def _append(lists: Shortlists, c: int, position: int, key: Any) -> None:
+    size = lists.size_C[c]
+    lists.ids_CB[c, size] = position
+    lists.kept_CB[c, size] = key
+    lists.size_C[c] = size + 1
 
 
 @kernel
-def _compact(c: int, size: int, k: int, lists: Shortlists) -> int:
-    cut = _low_by_counting(lists.kept_CB, c, size, k, lists.slack_C[c])
-    lists.low_C[c] = max(lists.low_C[c], cut)
-    left = 0
+def _compact(lists: Shortlists, c: int, k: int) -> Any:
+    """Drop what can win no longer from a full list; its threshold, which none reaches if it stays full."""
+    size, left = lists.size_C[c], 0
+    lists.low_C[c] = cut(lists, c, size, k)
     for b in range(size):
         if lists.kept_CB[c, b] >= lists.low_C[c]:
             lists.ids_CB[c, left] = lists.ids_CB[c, b]
             lists.kept_CB[c, left] = lists.kept_CB[c, b]
             left += 1
-    return left
+    lists.size_C[c] = left if left < size else -1
+    return max(lists.low_C[c], HIDDEN + 1) if left < size else HIGHEST
 
 
-# A behaviour belongs to group (position mod G). The K-th largest of the groups' maxima is reached by at least
-# K behaviours, and by few more because G is well above K: it costs one vector maximum per 32 behaviours.
-@kernel
-def _low_from_maxima(keys_Cn: np.ndarray, c: int, n: int, k: int, slack: float, maxima: np.ndarray) -> Any:
-    """Threshold, or 0 if it is not clear of zero, where missing vectors and exact-zero cosines lie."""
-    width = maxima.shape[1]
-    maxima[:] = LOWEST
-    whole = n // 32 * 32
-    for block in range(0, whole, 32):
-        raise_to_32(maxima, block % width, keys_Cn, c, block)
-    for i in range(whole, n):
-        maxima[0, i % width] = max(maxima[0, i % width], keys_Cn[c, i])
-    low = _below(_kth_largest(maxima, 0, width, k, np.int16(0)), slack)
-    return low if low > _zero_key(slack) else np.int16(0)
-
-
-@kernel
-def _low_by_counting(keys_Cn: np.ndarray, c: int, n: int, k: int, slack: float) -> Any:
-    """Threshold over monotone keys; behaviours that may be exact zeros do not count among the K."""
-    low = _below(_kth_largest(keys_Cn, c, n, k, LOWEST), slack)
-    zero = _zero_key(slack)
-    if low > zero:
-        return low
-    zeros = _count(keys_Cn, c, n, np.int16(-zero - 1)) - _count(keys_Cn, c, n, np.int16(zero + 1))
-    return _below(_kth_largest(keys_Cn, c, n, k + zeros, LOWEST), slack)
-
-
-@kernel
-def _kth_largest(keys_Cn: np.ndarray, c: int, n: int, k: int, lowest: Any) -> Any:
-    """The K-th largest of the first n keys of a row, or `lowest` if fewer than K reach it."""
-    low, high = np.int64(lowest), np.int64(0x4000)  # products of unit rows are below 2.0
+@kernel(inlined=True)
+def _kth_listed(kept_CB: np.ndarray, c: int, size: int, k: int) -> Any:
+    """The K-th largest of the first keys of list `c`, or LOWEST if there are fewer."""
+    low, high = np.int64(LOWEST), np.int64(0x4000)  # products of unit rows are below 2.0
     while high - low > 1:
         middle = (low + high) >> 1
-        if _count(keys_Cn, c, n, np.int16(middle)) >= k:
+        if _count_listed(kept_CB, c, size, np.int16(middle)) >= k:
             low = middle
         else:
             high = middle
     return np.int16(low)
 
 
-@kernel
-def _count(keys_Cn: np.ndarray, c: int, n: int, low: Any) -> int:
+@kernel(inlined=True)
+def _count_listed(kept_CB: np.ndarray, c: int, size: int, low: Any) -> int:
     total = 0
-    for block in range(0, n, 32):
-        total += set_bits(_mask(keys_Cn, c, block, n, low))
+    for block in range(0, size, 32):
+        total += set_bits(at_least_32(kept_CB, c, block, low))
     return total
-
-
-@kernel
-def _mask(keys_Cn: np.ndarray, c: int, block: int, n: int, low: Any) -> Any:
-    if block + 32 <= n:
-        return at_least_32(keys_Cn, c, block, low)
-    bits = np.int64(0)
-    for i in range(n - block):
-        bits |= np.int64(keys_Cn[c, block + i] >= low) << i
-    return bits
-
-
-@kernel
-def _make_monotone(keys_Cn: np.ndarray, c: int, n: int) -> None:
-    for i in range(n):
-        key = keys_Cn[c, i]
-        keys_Cn[c, i] = key ^ ((key >> 15) & np.int16(0x7FFF))
 
 
 @kernel
@@ -289,11 +223,3 @@ def _value(key: Any) -> Any:
 def _key(value: Any) -> Any:
     key = np.int16(np.float32(value).view(np.int32) >> 16)
     return np.int16(key ^ ((key >> 15) & np.int16(0x7FFF)))
-
-
-@kernel
-def _groups_for(k: int) -> int:
-    width = 128
-    while width < 2 * k:
-        width *= 2
-    return width

@@ -7,7 +7,10 @@ multiple of 16.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -26,16 +29,28 @@ _STORED = {types.float64: _F64, types.float32: _F32, types.uint16: ir.HalfType()
 vector_code: Any = intrinsic
 
 
-def kernel(function: Callable[..., Any]) -> Any:
+def kernel(function: Callable[..., Any] | None = None, *, inlined: bool = False) -> Any:
     """Compile without the GIL, kept on disk where there is a place for it (not in a read-only installation).
 
-    The kept code is renewed when the file of the function changes: touch the files that use an intrinsic of
-    this one when it changes.
+    `inlined` for what is called often: a call counts references to all its arrays, which takes 0.3 us.
     """
+    if function is None:
+        return lambda function: kernel(function, inlined=inlined)
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "forceinline": inlined}
     try:
-        return numba.njit(nogil=True, cache=True)(function)
+        compiled = numba.njit(cache=True, **options)(function)
     except RuntimeError:
-        return numba.njit(nogil=True)(function)
+        return numba.njit(**options)(function)
+    # Numba drops kept code when the function's own file changes; it also holds what files beside it say.
+    kept = compiled._cache._cache_file
+    kept._source_stamp = (kept._source_stamp, _digest_of_folder())
+    return compiled
+
+
+@cache
+def _digest_of_folder() -> str:
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
 
 
 @vector_code
@@ -49,7 +64,8 @@ def lane_dot(typingctx: Any, x_VD: Any, x_row: Any, y_VD: Any, y_row: Any) -> An
         with cgutils.for_range(builder, x_steps, intp=_I64) as loop:
             x_L = _load(builder, signature.args[0].dtype, x, loop.index)
             y_L = _load(builder, signature.args[2].dtype, y, loop.index)
-            builder.store(builder.fadd(builder.load(total), builder.fmul(x_L, y_L)), total)
+            # A product of two stored values is exact in float64, so a fused step rounds as two would.
+            builder.store(_fused(builder, x_L, y_L, builder.load(total)), total)
         return _halving_sum(builder, builder.load(total))
 
     return types.float64(x_VD, types.int64, y_VD, types.int64), codegen
@@ -84,7 +100,7 @@ def unit_bf16_row(typingctx: Any, x_VD: Any, x_row: Any, inverse: Any, out_ND: A
             _store(builder, builder.trunc(bits_L, ir.VectorType(_I16, LANES)), out, loop.index)
             back_L = builder.bitcast(builder.shl(bits_L, _constant(_I32, 16)), ir.VectorType(_F32, LANES))
             lost_L = builder.fsub(unit_L, back_L)
-            builder.store(builder.fadd(builder.load(lost), builder.fmul(lost_L, lost_L)), lost)
+            builder.store(_fused(builder, lost_L, lost_L, builder.load(lost)), lost)
         return _halving_sum(builder, builder.load(lost))
 
     return types.float32(x_VD, types.int64, types.float32, out_ND, types.int64), codegen
@@ -105,37 +121,102 @@ def at_least_32(typingctx: Any, keys_CN: Any, row: Any, start: Any, low: Any) ->
 
 
 @vector_code
-def raise_to_32(typingctx: Any, maxima_1G: Any, at: Any, keys_CN: Any, row: Any, start: Any) -> Any:
-    """Raise the 32 int16 maxima from `at` on to the row's keys from `start` on, where those are larger."""
+def take_in_32(
+    typingctx: Any, keys_nC: Any, row: Any, at: Any, seen_1C: Any, maxima_GC: Any, group: Any
+) -> Any:
+    """Make 32 keys of a behaviour monotone, hide it from those who see fewer, raise its group's maxima."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        maxima, _ = _row(context, builder, signature.args[0], args[0], ir.Constant(_I64, 0))
-        keys, _ = _row(context, builder, signature.args[2], args[2], args[3])
-        vector = ir.VectorType(_I16, 32).as_pointer()
-        held = builder.bitcast(builder.gep(maxima, [args[1]]), vector)
-        old = builder.load(held, align=2)
-        new = builder.load(builder.bitcast(builder.gep(keys, [args[4]]), vector), align=2)
-        builder.store(builder.select(builder.icmp_signed(">", new, old), new, old), held, align=2)
+        keys = _keys_32(context, builder, signature.args[0], args[0], args[1], args[2])
+        seen = _keys_32(context, builder, signature.args[3], args[3], ir.Constant(_I64, 0), args[2])
+        maxima = _keys_32(context, builder, signature.args[4], args[4], args[5], args[2])
+        key_C = builder.load(keys, align=2)
+        sign_C = builder.ashr(key_C, ir.Constant(key_C.type, [15] * 32))
+        flip_C = builder.and_(sign_C, ir.Constant(key_C.type, [0x7FFF] * 32))
+        here = _splat(builder, builder.trunc(args[1], _I16), 32)
+        visible = builder.icmp_signed(">", builder.load(seen, align=2), here)
+        hidden_C = ir.Constant(key_C.type, [-32768] * 32)
+        key_C = builder.select(visible, builder.xor(key_C, flip_C), hidden_C)
+        builder.store(key_C, keys, align=2)
+        old_C = builder.load(maxima, align=2)
+        builder.store(builder.select(builder.icmp_signed(">", key_C, old_C), key_C, old_C), maxima, align=2)
         return context.get_dummy_value()
 
-    return types.void(maxima_1G, types.int64, keys_CN, types.int64, types.int64), codegen
+    return types.void(keys_nC, types.int64, types.int64, seen_1C, maxima_GC, types.int64), codegen
 
 
 @vector_code
-def count_above(typingctx: Any, sims_1B: Any, steps: Any, sim: Any) -> Any:
-    """How many of the first 16 `steps` float64 values exceed `sim`."""
+def count_32(typingctx: Any, keys_nC: Any, at: Any, low_1B: Any, count_1B: Any) -> Any:
+    """How many of the keys of each of 32 candidates from `at` on reach `low_1B`."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        zero, view = ir.Constant(_I64, 0), context.make_array(signature.args[0])(context, builder, args[0])
+        rows = cgutils.unpack_tuple(builder, view.shape, 2)[0]
+        low = _keys_32(context, builder, signature.args[2], args[2], zero, zero)
+        out = _keys_32(context, builder, signature.args[3], args[3], zero, zero)
+        low_B = builder.load(low, align=2)
+        count = cgutils.alloca_once_value(builder, ir.Constant(low_B.type, [0] * 32))
+        with cgutils.for_range(builder, rows, intp=_I64) as loop:
+            keys = _keys_32(context, builder, signature.args[0], args[0], loop.index, args[1])
+            reached = builder.icmp_signed(">=", builder.load(keys, align=2), low_B)
+            one_more = builder.add(builder.load(count), ir.Constant(low_B.type, [1] * 32))
+            builder.store(builder.select(reached, one_more, builder.load(count)), count)
+        builder.store(builder.load(count), out, align=2)
+        return context.get_dummy_value()
+
+    return types.void(keys_nC, types.int64, low_1B, count_1B), codegen
+
+
+@vector_code
+def reaching_32(typingctx: Any, keys_nC: Any, row: Any, at: Any, low_1C: Any) -> Any:
+    """Bit i of the answer says whether a behaviour's key of candidate `at + i` reaches its `low_1C`."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        keys = _keys_32(context, builder, signature.args[0], args[0], args[1], args[2])
+        low = _keys_32(context, builder, signature.args[3], args[3], ir.Constant(_I64, 0), args[2])
+        reached = builder.icmp_signed(">=", builder.load(keys, align=2), builder.load(low, align=2))
+        return builder.zext(builder.bitcast(reached, _I32), _I64)
+
+    return types.int64(keys_nC, types.int64, types.int64, low_1C), codegen
+
+
+@vector_code
+def fetch_row(typingctx: Any, x_VD: Any, x_row: Any) -> Any:
+    """Ask for a row of the table that will soon be read."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        x, steps = _row(context, builder, signature.args[0], args[0], args[1])
+        byte = ir.IntType(8).as_pointer()
+        prefetch = builder.module.declare_intrinsic(
+            "llvm.prefetch", [byte], ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
+        )
+        read, near, data = (ir.Constant(_I32, value) for value in (0, 3, 1))
+        with cgutils.for_range(builder, steps, intp=_I64) as loop:
+            line = builder.gep(x, [builder.mul(loop.index, ir.Constant(_I64, LANES))])
+            builder.call(prefetch, [builder.bitcast(line, byte), read, near, data])
+        return context.get_dummy_value()
+
+    return types.void(x_VD, types.int64), codegen
+
+
+@vector_code
+def count_above(typingctx: Any, sims_1B: Any, size: Any, step: Any, count_1B: Any) -> Any:
+    """Write how many of the first `size` float64 values exceed each of the 16 from 16 `step` on (int64)."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         sims, _ = _row(context, builder, signature.args[0], args[0], ir.Constant(_I64, 0))
-        value = _splat(builder, args[2], LANES)
-        total = cgutils.alloca_once_value(builder, ir.Constant(_I64, 0))
+        out, _ = _row(context, builder, signature.args[3], args[3], ir.Constant(_I64, 0))
+        mine_L = _load(builder, types.float64, sims, args[2])
+        count = cgutils.alloca_once_value(builder, _constant(_I64, 0))
         with cgutils.for_range(builder, args[1], intp=_I64) as loop:
-            above = builder.fcmp_ordered(">", _load(builder, types.float64, sims, loop.index), value)
-            bits = builder.ctpop(builder.bitcast(above, _I16))
-            builder.store(builder.add(builder.load(total), builder.zext(bits, _I64)), total)
-        return builder.load(total)
+            one_L = _splat(builder, builder.load(builder.gep(sims, [loop.index])), LANES)
+            above = builder.fcmp_ordered(">", one_L, mine_L)
+            more_L = builder.add(builder.load(count), _constant(_I64, 1))
+            builder.store(builder.select(above, more_L, builder.load(count)), count)
+        _store(builder, builder.load(count), out, args[2])
+        return context.get_dummy_value()
 
-    return types.int64(sims_1B, types.int64, types.float64), codegen
+    return types.void(sims_1B, types.int64, types.int64, count_1B), codegen
 
 
 @vector_code
@@ -166,6 +247,12 @@ def _row(context: Any, builder: Any, array_type: Any, array: Any, row: Any) -> t
     return pointer, builder.udiv(width, ir.Constant(_I64, LANES))
 
 
+def _keys_32(context: Any, builder: Any, array_type: Any, array: Any, row: Any, at: Any) -> Any:
+    """Pointer to 32 int16 keys of a row."""
+    keys, _ = _row(context, builder, array_type, array, row)
+    return builder.bitcast(builder.gep(keys, [at]), ir.VectorType(_I16, 32).as_pointer())
+
+
 def _load(builder: Any, stored: Any, pointer: Any, step: Any, wide: Any = _F64) -> Any:
     """16 stored values as float64 (or float32)."""
     at = builder.gep(pointer, [builder.mul(step, ir.Constant(_I64, LANES))])
@@ -181,11 +268,17 @@ def _store(builder: Any, values: Any, pointer: Any, step: Any) -> None:
 
 
 def _round_to_bf16(builder: Any, unit_L: Any) -> Any:
-    """Round to nearest even, by adding 0x7fff and the last kept bit; finite values only."""
+    """Round half away from zero, by adding half of the last kept bit; finite values only."""
     bits_L = builder.bitcast(unit_L, ir.VectorType(_I32, LANES))
-    last_L = builder.and_(builder.lshr(bits_L, _constant(_I32, 16)), _constant(_I32, 1))
-    carried_L = builder.add(bits_L, builder.add(last_L, _constant(_I32, 0x7FFF)))
-    return builder.lshr(carried_L, _constant(_I32, 16))
+    return builder.lshr(builder.add(bits_L, _constant(_I32, 0x8000)), _constant(_I32, 16))
+
+
+def _fused(builder: Any, x_L: Any, y_L: Any, z_L: Any) -> Any:
+    """x y + z, rounded once."""
+    kind = x_L.type
+    name = f"llvm.fma.v{kind.count}f{64 if kind.element == _F64 else 32}"
+    fma = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind] * 3), name)
+    return builder.call(fma, [x_L, y_L, z_L])
 
 
 def _halving_sum(builder: Any, total: Any) -> Any:

@@ -10,8 +10,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from prerank_tools.gsu.cosine import inverse_norms
+from prerank_tools.gsu.rank import cosines_at
 from prerank_tools.gsu.search import RECENT, Groups, TopK, empty_topk, topk
-from prerank_tools.gsu.search_numba import cosines_at
 
 Index = Literal["ivf", "hnsw", "items"]
 faiss: Any = faiss_module  # its stubs lack the search parameters

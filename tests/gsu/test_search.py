@@ -18,6 +18,14 @@ from prerank_tools.gsu.simtier import PAD_SIM, simtier
 BACKENDS = ["numba", "faiss"]
 
 
+@pytest.fixture(params=[False, True], ids=["torch", "tiles"])
+def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products by `torch.mm`, as on every machine, and by the matrix unit where there is one."""
+    if request.param and not search_numba.have_tiles():
+        pytest.skip("no AMX")
+    monkeypatch.setattr(search_numba, "have_tiles", lambda: request.param)
+
+
 def one_user(history: int, candidates: int) -> Groups:
     """Rows 0 .. history-1 are the past, the next ones the candidates."""
     return Groups(
@@ -69,6 +77,7 @@ def test_oracle_is_the_true_cosine() -> None:
     assert exact_cosines(a[None], b[None])[0] == pytest.approx(float(dot) / math.sqrt(aa * bb), abs=1e-15)
 
 
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_near_ties_that_bf16_cannot_tell_apart(backend: str) -> None:
     rng = np.random.default_rng(2)
@@ -78,6 +87,7 @@ def test_near_ties_that_bf16_cannot_tell_apart(backend: str) -> None:
     assert_same(topk(table, groups, k=50, backend=backend), topk(table, groups, k=50, backend="numpy"))
 
 
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_more_near_ties_than_a_shortlist_holds(backend: str) -> None:
     rng = np.random.default_rng(3)
@@ -87,6 +97,7 @@ def test_more_near_ties_than_a_shortlist_holds(backend: str) -> None:
     assert_same(topk(table, groups, k=10, backend=backend), topk(table, groups, k=10, backend="numpy"))
 
 
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("scale", [1e30, 1e-30, 1e-42])
 def test_lengths_that_single_precision_cannot_square(scale: float) -> None:
     rng = np.random.default_rng(4)
@@ -132,6 +143,7 @@ def test_missing_and_exactly_orthogonal_behaviours_never_win(backend: str, histo
     assert set(found.recent_MS[0]) <= {np.float32(-1), PAD_SIM}
 
 
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_user_whose_past_is_unlike_every_candidate(backend: str) -> None:
     rng = np.random.default_rng(5)
@@ -143,6 +155,7 @@ def test_a_user_whose_past_is_unlike_every_candidate(backend: str) -> None:
     )
 
 
+@pytest.mark.usefixtures("products")
 def test_one_hot_vectors_are_mostly_exact_zeros() -> None:
     table = np.eye(20, dtype=np.int8)
     rng = np.random.default_rng(6)
@@ -162,17 +175,19 @@ def test_not_finite_vectors_are_missing() -> None:
     assert_same(found, topk(table, groups, k=2, backend="numpy"))
 
 
+@pytest.mark.usefixtures("products")
 def test_chunks_blocks_and_threads_do_not_change_a_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(7)
     table = rng.normal(size=(400, 32)).astype(np.float32)
     groups = random_groups(rng, 400, users=3, longest=3000, most=40)
     whole = topk(table, groups, threads=2)
     assert_same(whole, topk(table, groups, backend="numpy"))
-    for name, size in (("CHUNK", 256), ("BLOCK", 7), ("SUPER", 10), ("CAPACITY", 128)):
+    for name, size in (("CHUNK", 256), ("BLOCK", 7), ("CAPACITY", 128)):
         monkeypatch.setattr(search_numba, name, size)
         assert_same(topk(table, groups, threads=1), whole)
 
 
+@pytest.mark.usefixtures("products")
 def test_similarity_that_rises_along_a_long_history(monkeypatch: pytest.MonkeyPatch) -> None:
     # Every chunk beats the one before it, so that shortlists fill up and are cut again and again.
     monkeypatch.setattr(search_numba, "CHUNK", 512)
