@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from prerank_tools.compiled import kernel
 from prerank_tools.gsu.cosine import inverse_norms
 from prerank_tools.gsu.rank import cosines_at
 from prerank_tools.gsu.search import RECENT, Groups, TopK, empty_topk, topk
-from prerank_tools.gsu.simd import kernel
 
 # Each mode chooses by its own measure and reports the cosine of the content vectors: SimTier and the
 # attention after it take the content cosine of whatever was retrieved (MUSE, table "GSU embedding").

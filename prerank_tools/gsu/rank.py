@@ -7,10 +7,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from prerank_tools.compiled import kernel
 from prerank_tools.gsu.cosine import pad_lanes
 from prerank_tools.gsu.search import RECENT, Groups, TopK, empty_topk
 from prerank_tools.gsu.select import Shortlists, cut
-from prerank_tools.gsu.simd import LANES, count_above, fetch_row, kernel, lane_dot, widen_row
+from prerank_tools.gsu.simd import LANES, count_above, fetch_row, lane_dot, widen_row
 from prerank_tools.gsu.simtier import PAD_SIM
 
 AHEAD = 8  # rows asked for before they are read

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numba.extending import overload
 
+from prerank_tools.compiled import kernel
 from prerank_tools.gsu.rank import (
     AHEAD,
     Past,
@@ -22,11 +23,12 @@ from prerank_tools.gsu.rank import (
 )
 from prerank_tools.gsu.search import RECENT, Groups, TopK, empty_topk
 from prerank_tools.gsu.select import LOWEST, WIDE, Shortlists, absorb
-from prerank_tools.gsu.simd import fetch_row, kernel, unit_bf16_row
+from prerank_tools.gsu.simd import fetch_row, unit_bf16_row
 from prerank_tools.gsu.simtier import TIERS
-from prerank_tools.gsu.tiles import (
+from prerank_tools.tiles import (
     SIDE,
     STEP,
+    aligned,
     have_tiles,
     multiply_32,
     round_32,
@@ -90,20 +92,15 @@ class _Scratch(NamedTuple):
         n = _whole(min(int(np.diff(groups.history_offsets).max()), CHUNK), SIDE)
         c, width = _whole(asked, WIDE), _whole(width, STEP)
         return cls(
-            behaviors_nD=_zeros(SIDE if tiles else n, width, dtype=torch.int16),
-            candidates_CD=_zeros(c, width, dtype=torch.int16),
-            pairs_PC=_zeros(width // 2, c, dtype=torch.int32),
-            products_SS=_zeros(SIDE, SIDE, dtype=torch.int32),
-            keys=_zeros(n * c, dtype=torch.int16),
+            behaviors_nD=aligned(np.zeros((SIDE if tiles else n, width), dtype=np.int16)),
+            candidates_CD=aligned(np.zeros((c, width), dtype=np.int16)),
+            pairs_PC=aligned(np.zeros((width // 2, c), dtype=np.int32)),
+            products_SS=aligned(np.zeros((SIDE, SIDE), dtype=np.int32)),
+            keys=aligned(np.zeros(n * c, dtype=np.int16)),
             ids_CB=np.empty((asked, CAPACITY), dtype=np.int32),
             kept_CB=np.empty((asked, CAPACITY), dtype=np.int16),
             shapes=tile_shapes(),
         )
-
-
-def _zeros(*shape: int, dtype: torch.dtype) -> np.ndarray:
-    """By torch, whose memory begins on a cache line; tiles load rows that cross lines at half the speed."""
-    return torch.zeros(*shape, dtype=dtype).numpy()
 
 
 def _parts(groups: Groups, parts: int) -> list[_Blocks]:
@@ -184,7 +181,7 @@ def _tile_products(
         high, row = min(low + SIDE, stop), low - start
         _unit_rows(table_VD, past.rows_n, low, high, past.inverse_n, behaviors_nD, lost_n[row:])
         for at in range(0, keys_nC.shape[1], SIDE):
-            multiply_32(behaviors_nD, scratch.pairs_PC, at, products_SS)
+            multiply_32(behaviors_nD, 0, scratch.pairs_PC, at, products_SS, 0, 0)
             for i in range(SIDE):
                 round_32(products_SS, i, keys_nC, row + i, at)
     tiles_off()

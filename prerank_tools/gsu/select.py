@@ -12,15 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from prerank_tools.gsu.simd import (
-    at_least_32,
-    count_32,
-    kernel,
-    reaching_32,
-    set_bits,
-    take_in_32,
-    trailing_zeros,
-)
+from prerank_tools.compiled import kernel
+from prerank_tools.gsu.simd import at_least_32, count_32, reaching_32, set_bits, take_in_32, trailing_zeros
 
 LOWEST = np.int16(-32768)
 HIDDEN = LOWEST  # the key of a behaviour that a candidate does not see; no product has it

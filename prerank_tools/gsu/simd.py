@@ -7,50 +7,18 @@ multiple of 16.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable
-from functools import cache
-from pathlib import Path
 from typing import Any
 
-import numba
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
+
+from prerank_tools.compiled import vector_code
 
 LANES = 16
 _I16, _I32, _I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _F32, _F64 = ir.FloatType(), ir.DoubleType()
 _STORED = {types.float64: _F64, types.float32: _F32, types.uint16: ir.HalfType(), types.int8: ir.IntType(8)}
-
-
-# To a type checker an intrinsic is a call that also takes a typing context.
-vector_code: Any = intrinsic
-
-
-def kernel(function: Callable[..., Any] | None = None, *, inlined: bool = False) -> Any:
-    """Compile without the GIL, kept on disk where there is a place for it (not in a read-only installation).
-
-    `inlined` for what is called often: a call counts references to all its arrays, which takes 0.3 us.
-    """
-    if function is None:
-        return lambda function: kernel(function, inlined=inlined)
-    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "forceinline": inlined}
-    try:
-        compiled = numba.njit(cache=True, **options)(function)
-    except RuntimeError:
-        return numba.njit(**options)(function)
-    # Numba drops kept code when the function's own file changes; it also holds what files beside it say.
-    kept = compiled._cache._cache_file
-    kept._source_stamp = (kept._source_stamp, _digest_of_folder())
-    return compiled
-
-
-@cache
-def _digest_of_folder() -> str:
-    sources = sorted(Path(__file__).parent.glob("*.py"))
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
 
 
 @vector_code

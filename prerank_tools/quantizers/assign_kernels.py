@@ -3,66 +3,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
-import numba
 import numpy as np
-from numba import types
-from numba.extending import intrinsic
 
+from prerank_tools.compiled import kernel
 from prerank_tools.quantizers.assign import COARSE_TIE
+from prerank_tools.quantizers.assign_simd import (
+    WIDTH,
+    add_rows,
+    bits_of,
+    distances,
+    float_of,
+    highest_bit,
+    lowest_bit,
+    set_bits,
+    widen,
+    within_64,
+)
+from prerank_tools.tiles import SIDE, multiply_32, tiles_off, tiles_on
 
 FAST = {"reassoc", "contract", "nsz"}  # sums may be reordered: every use is covered by an error bound
 UNIT = np.float32(2.0**-24)
 
 
-def _jit(function: Callable[..., Any]) -> Any:
-    """Compile without the GIL and remember the machine code where a cache folder can be written."""
-    options: dict[str, Any] = {"nogil": True, "fastmath": FAST, "error_model": "numpy"}
-    try:
-        return numba.njit(cache=True, **options)(function)
-    except RuntimeError:  # read-only site-packages and no home folder
-        return numba.njit(**options)(function)
+_jit = kernel(fastmath=FAST)
+_jit_inlined = kernel(fastmath=FAST, inlined=True)
 
 
-def _inline(function: Callable[..., Any]) -> Any:
-    """A numba intrinsic, which type checkers take for a call with a typing context."""
-    return intrinsic(function)
+class Tables(NamedTuple):
+    """What the levels of one product need; `T` values of tables, one after the other, rows padded to 64.
 
+    Level l has codes `start_L[l]` .. of the flat codebook, columns `column_L[l]` .. of the product, and its
+    table begins at `table_L[l]`: a row of |c|^2 - 2 sum c_j.c for each code of the earlier levels.
+    """
 
-@_inline
-def _bits(typingctx: Any, value: Any) -> Any:
-    """The int32 with the bits of a float32: ordered alike for positive floats, and its minimum vectorises."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], context.get_value_type(types.int32))
-
-    return types.int32(types.float32), codegen
-
-
-@_inline
-def _float(typingctx: Any, value: Any) -> Any:
-    """The float32 with the bits of an int32."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], context.get_value_type(types.float32))
-
-    return types.float32(types.int32), codegen
-
-
-@_inline
-def _widen(typingctx: Any, value: Any) -> Any:
-    """A product as float32: bf16 given as uint16 moves to the upper half, float32 stays."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        if value == types.float32:
-            return args[0]
-        int32 = context.get_value_type(types.int32)
-        wide = builder.shl(builder.zext(args[0], int32), int32(16))
-        return builder.bitcast(wide, context.get_value_type(types.float32))
-
-    return types.float32(value), codegen
+    start_L: np.ndarray
+    width_L: np.ndarray
+    column_L: np.ndarray
+    table_L: np.ndarray
+    table_T: np.ndarray
+    bound_L4: np.ndarray
+    norm_M: np.ndarray
 
 
 @_jit
@@ -98,6 +80,37 @@ def round_rows(
 
 
 @_jit
+def tile_group(
+    x_nD: np.ndarray,
+    shift_D: np.ndarray,
+    shift_norm: float,
+    pairs_PM: np.ndarray,
+    tables: Tables,
+    flat_MD: np.ndarray,
+    picked_nL: np.ndarray,
+    first: int,
+    unsure_n: np.ndarray,
+    operand_SD: np.ndarray,
+    product_SM: np.ndarray,
+    shapes: np.ndarray,
+) -> None:
+    """All of a group of levels with the matrix unit, as few rows at a time as the buffers hold (64).
+
+    They stay in the cache from rounding to the last level.
+    """
+    rows = len(operand_SD)
+    for low in range(0, len(x_nD), rows):
+        part = slice(low, min(low + rows, len(x_nD)))
+        norms_n3 = round_rows(x_nD[part], shift_D, shift_norm, flat_MD, picked_nL[part, :first], operand_SD)
+        tiles_on(shapes)
+        for at in range(0, pairs_PM.shape[1], SIDE):
+            for row in range(0, rows, SIDE):
+                multiply_32(operand_SD, row, pairs_PM, at, product_SM, row, at)
+        tiles_off()
+        settle(product_SM, tables, x_nD[part], flat_MD, picked_nL[part], first, norms_n3, unsure_n[part])
+
+
+@_jit
 def _round_row(
     t_nD: np.ndarray, at: int, shift_D: np.ndarray, operand_nD: np.ndarray, row: int, narrow: bool
 ) -> Any:
@@ -112,9 +125,9 @@ def _round_row(
         return error, norm
     for d in range(len(shift_D)):
         value = t_nD[at, d] - shift_D[d]
-        bits = _bits(value)
+        bits = bits_of(value)
         bits = (bits + np.int32(0x7FFF) + ((bits >> np.int32(16)) & np.int32(1))) & np.int32(-65536)
-        kept = _float(bits)
+        kept = float_of(bits)
         operand_nD[row, d] = (bits >> np.int32(16)) & np.int32(0xFFFF)
         error += (value - kept) * (value - kept)
         norm += kept * kept
@@ -134,104 +147,84 @@ def _residual32(
 
 
 @_jit
-def settle_level(
+def settle(
     product_nM: np.ndarray,
-    column: int,
-    norm_K: np.ndarray,
-    table_PK: np.ndarray,
-    bound: np.ndarray,
-    table_start: int,
-    start: int,
+    tables: Tables,
     x_nD: np.ndarray,
     flat_MD: np.ndarray,
     picked_nL: np.ndarray,
     first: int,
-    depth: int,
     norms_n3: np.ndarray,
     unsure_n: np.ndarray,
 ) -> None:
-    """Write the nearest code of one level into `picked_nL[:, first + depth]`, as a row of `flat_MD`.
+    """Write the nearest code of the levels from `first` on into `picked_nL`, as rows of `flat_MD`.
 
-    Columns `column` .. of `product_nM` are -2 x.c, as bf16 bits or float32. `norms_n3[:, 2]`, a bound on the
-    residual's squared length, goes to the next. A row is `unsure_n` when float64 cannot part its best two.
+    `product_nM` holds -2 x.c, as bf16 bits or float32. A row is `unsure_n` when float64 cannot part its best
+    two. `norms_n3[:, 2]`, a bound on the residual's squared length, goes from level to level.
     """
-    size = len(norm_K)
-    codebook_KD = flat_MD[start : start + size]
-    low_K = np.empty(size, dtype=np.float32)
-    sum_K = np.empty(size, dtype=np.float32)
+    rounding = np.float32(2.0**-8) if product_nM.itemsize == 2 else np.float32(0.0)
+    low_K = np.empty(tables.width_L.max(), dtype=np.float32)
+    sum_K = np.empty_like(low_K)
     r_D = np.empty(x_nD.shape[1], dtype=np.float64)
-    for row in range(len(product_nM)):
+    table_T, bound_L4, width_L = tables.table_T, tables.bound_L4, tables.width_L
+    for row in range(len(x_nD)):
         square = norms_n3[row, 2]
-        margin = norms_n3[row, 0] * bound[0] + np.sqrt(square) * bound[1] + norms_n3[row, 1] * bound[2]
-        margin += bound[3] + np.float32(16.0) * UNIT * square
-        offset = square + margin  # keeps every sum positive, so that its bits are ordered
-        product_K = product_nM[row, column : column + size]
-        base_K = table_PK[picked_nL[row, first] - table_start if depth > 0 else 0]
-        if depth > 1:
-            _add_tables(base_K, table_PK, picked_nL, row, first + 1, first + depth, table_start, sum_K)
-            base_K = sum_K
-        least = _lower_bounds(product_K, base_K, offset, low_K)
-        limit = _bits(_float(least) + np.float32(2.0) * margin)
-        count, code, last = _candidates(low_K, limit)
-        if count > 1:
-            _residual64(x_nD, flat_MD, picked_nL, row, first + depth, r_D)
-            scale = np.float64(square) + np.float64(norm_K[code])
-            step = last - code if count == 2 else np.int32(1)
-            code, gap, best = _measure(r_D, codebook_KD, low_K, limit, code, last, step)
-            unsure_n[row] |= gap <= COARSE_TIE * (scale + best)
-        picked_nL[row, first + depth] = start + code
-        # A bf16 product's own rounding was taken off the lower bound; an upper bound has it twice.
-        slack = np.float32(2.0) * _rounding(product_nM) * abs(_widen(product_K[code]))
-        norms_n3[row, 2] = max(low_K[code], np.float32(0.0)) + slack
+        for depth in range(len(width_L)):
+            bound, width, start = bound_L4[depth], width_L[depth], tables.start_L[depth]
+            margin = norms_n3[row, 0] * bound[0] + np.sqrt(square) * bound[1] + norms_n3[row, 1] * bound[2]
+            margin += bound[3] + np.float32(16.0) * UNIT * square
+            column, at = tables.column_L[depth], tables.table_L[depth]
+            if depth > 0:
+                at += (picked_nL[row, first] - tables.start_L[0]) * width
+            if depth < 2:
+                least = distances(product_nM, row, column, table_T, at, width, rounding, low_K)
+            else:
+                _add_tables(tables, picked_nL, row, first, depth, at, sum_K)
+                least = distances(product_nM, row, column, sum_K, 0, width, rounding, low_K)
+            limit = least + np.float32(2.0) * margin
+            if not limit < np.float32(1e38):  # squares that float32 does not hold
+                unsure_n[row] = True
+                picked_nL[row, first + depth] = start
+                continue
+            count, code, last = _candidates(low_K, width, limit)
+            if count > 1:
+                _residual64(x_nD, flat_MD, picked_nL, row, first + depth, r_D)
+                scale = np.float64(square) + np.float64(tables.norm_M[start - tables.start_L[0] + code])
+                step = last - code if count == 2 else 1
+                code, gap, best = _measure(r_D, flat_MD, start, low_K, limit, code, last, step)
+                unsure_n[row] |= gap <= COARSE_TIE * (scale + best)
+            picked_nL[row, first + depth] = start + code
+            # A bf16 product's own rounding was taken off the lower bound; an upper bound has it twice.
+            slack = np.float32(2.0) * rounding * abs(widen(product_nM[row, column + code]))
+            square = max(square + margin + low_K[code], np.float32(0.0)) + slack
 
 
-@_jit
+@_jit_inlined
 def _add_tables(
-    base_K: np.ndarray,
-    table_PK: np.ndarray,
-    picked_nL: np.ndarray,
-    row: int,
-    begin: int,
-    end: int,
-    table_start: int,
-    sum_K: np.ndarray,
+    tables: Tables, picked_nL: np.ndarray, row: int, first: int, depth: int, at: int, sum_K: np.ndarray
 ) -> None:
-    """Into another array than `base_K`: sums in place would not be vectorised."""
-    table_K = table_PK[picked_nL[row, begin] - table_start]
-    for k in range(len(sum_K)):
-        sum_K[k] = base_K[k] + table_K[k]
-    for level in range(begin + 1, end):
-        table_K = table_PK[picked_nL[row, level] - table_start]
-        for k in range(len(sum_K)):
-            sum_K[k] += table_K[k]
+    """The row `at` of the level's table, that of its first earlier code, and those of the others."""
+    width = tables.width_L[depth]
+    table = tables.table_L[depth]
+    for level in range(1, depth):
+        other = table + (picked_nL[row, first + level] - tables.start_L[0]) * width
+        if level == 1:
+            add_rows(tables.table_T, at, tables.table_T, other, width, sum_K)
+        else:
+            add_rows(sum_K, 0, tables.table_T, other, width, sum_K)
 
 
-@_jit
-def _lower_bounds(product_K: np.ndarray, base_K: np.ndarray, offset: float, low_K: np.ndarray) -> Any:
-    """Distances less the product's own rounding; returns the bits of the least upper bound."""
-    output = _rounding(product_K)
-    least = np.int32(0x7F7FFFFF)
-    for k in range(len(low_K)):
-        product = _widen(product_K[k])
-        distance = product + (base_K[k] + offset)
-        slip = abs(product) * output
-        low_K[k] = distance - slip
-        least = min(least, _bits(distance + slip))
-    return least
-
-
-@_jit
-def _candidates(low_K: np.ndarray, limit: int) -> Any:
+@_jit_inlined
+def _candidates(low_K: np.ndarray, width: int, limit: float) -> Any:
     """(how many, first, last) of the codes that may be the nearest."""
-    size = len(low_K)
-    count = np.int32(0)
-    first = np.int32(size)
-    last = np.int32(-1)
-    for k in range(size):
-        near = _bits(low_K[k]) <= limit
-        count += np.int32(near)
-        first = min(first, np.int32(k) if near else np.int32(size))
-        last = max(last, np.int32(k) if near else np.int32(-1))
+    count, first, last = 0, 0, 0
+    for at in range(0, width, WIDTH):
+        bits = within_64(low_K, at, limit)
+        if bits != 0:
+            if count == 0:
+                first = at + lowest_bit(bits)
+            last = at + highest_bit(bits)
+            count += set_bits(bits)
     return count, first, last
 
 
@@ -250,15 +243,22 @@ def _residual64(
 
 @_jit
 def _measure(
-    r_D: np.ndarray, codebook_KD: np.ndarray, low_K: np.ndarray, limit: int, first: int, last: int, step: int
+    r_D: np.ndarray,
+    flat_MD: np.ndarray,
+    start: int,
+    low_K: np.ndarray,
+    limit: float,
+    first: int,
+    last: int,
+    step: int,
 ) -> Any:
     """(nearest candidate, its lead over the second, its squared distance), in float64."""
     code = first
     best = np.inf
     second = np.inf
     for k in range(first, last + 1, step):
-        if _bits(low_K[k]) <= limit:
-            c_D = codebook_KD[k]
+        if low_K[k] <= limit:
+            c_D = flat_MD[start + k]
             distance = 0.0
             for d in range(len(r_D)):
                 difference = r_D[d] - np.float64(c_D[d])
@@ -270,9 +270,3 @@ def _measure(
             elif distance < second:
                 second = distance
     return code, second - best, best
-
-
-@_jit
-def _rounding(product: np.ndarray) -> Any:
-    """Relative rounding of a product: 2^-8 in bf16, in float32 covered by the bound of the level."""
-    return np.float32(2.0**-8) if product.itemsize == 2 else np.float32(0.0)

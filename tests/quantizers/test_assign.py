@@ -47,6 +47,15 @@ def test_the_definition_agrees_with_rational_arithmetic() -> None:
     np.testing.assert_array_equal(assign_exact(x_ND, codebooks), rational(x_ND, codebooks))
 
 
+@pytest.fixture(params=["tiles", "bf16", "float32"])
+def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products by the matrix unit where there is one, and as CPUs without it or without bf16 make them."""
+    if request.param == "tiles" and not fast.have_tiles():
+        pytest.skip("no AMX")
+    monkeypatch.setattr(fast, "multiplier", lambda: request.param)
+
+
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize(
     ("dims", "sizes"),
     [(32, (256, 256, 256)), (17, (40, 9, 300, 2)), (64, (1,)), (8, (5, 1, 700)), (128, (64,) * 6)],
@@ -56,18 +65,23 @@ def test_the_fast_path_equals_the_definition(dims: int, sizes: tuple[int, ...]) 
     np.testing.assert_array_equal(fast.assign_cpu(x_ND, codebooks), assign_exact(x_ND, codebooks))
 
 
+@pytest.mark.usefixtures("products")
 def test_wide_levels_go_by_residuals(monkeypatch: pytest.MonkeyPatch) -> None:
     x_ND, codebooks = problem(2_000, 32, (100, 100, 100))
     monkeypatch.setattr(fast, "TABLE_BYTES", 0)
     np.testing.assert_array_equal(fast.assign_cpu(x_ND, codebooks), assign_exact(x_ND, codebooks))
 
 
-def test_without_bf16_the_product_is_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    x_ND, codebooks = problem(2_000, 32, (100, 100, 100))
-    monkeypatch.setattr(fast, "fast_bf16", lambda: False)
+@pytest.mark.filterwarnings("ignore:overflow")
+@pytest.mark.parametrize("scale", [1e18, 1e25])
+def test_squares_that_single_precision_does_not_hold(scale: float) -> None:
+    x_ND, codebooks = problem(500, 24, (50, 50))
+    x_ND[::3] *= np.float32(scale)
+    codebooks[0][::2] *= np.float32(scale)
     np.testing.assert_array_equal(fast.assign_cpu(x_ND, codebooks), assign_exact(x_ND, codebooks))
 
 
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e4])
 @pytest.mark.parametrize("shift", [0.0, 30.0])
 def test_neither_scale_nor_a_common_mean_matters(scale: float, shift: float) -> None:
@@ -85,6 +99,7 @@ def test_ties_go_to_the_lowest_code() -> None:
         assert codes_NL[:, 0].tolist() == [1, 1, 1, 0]
 
 
+@pytest.mark.usefixtures("products")
 def test_near_ties_are_settled_as_the_definition_does() -> None:
     rng = np.random.default_rng(1)
     _, codebooks = problem(1, 48, (256, 256), seed=5)

@@ -1,8 +1,8 @@
 """Products of bf16 rows on the matrix unit of recent x86 CPUs (AMX), without a call out of compiled code.
 
-A `torch.mm` of one user's rows costs 25 us before it multiplies anything; this costs what it multiplies.
+A `torch.mm` costs 25 us before it multiplies anything, and rounds to bf16; this costs what it multiplies.
 """
-# n behaviours, C candidates, D dims, P = D / 2 pairs of dims
+# n rows, C columns, D dims, P = D / 2 pairs of dims
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from llvmlite import binding, ir
 from numba import types
 from numba.core import cgutils
 
-from prerank_tools.gsu.simd import vector_code
+from prerank_tools.compiled import vector_code
 
-SIDE = 32  # behaviours and candidates of a block: 2 x 2 tiles of 16 x 16, summed over D in steps of 32
+SIDE = 32  # rows and columns of a block: 2 x 2 tiles of 16 x 16, summed over D in steps of 32
 STEP = 32
 _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 _BYTES = _I8.as_pointer()
@@ -62,18 +62,31 @@ def tiles_off(typingctx: Any) -> Any:
     return types.void(), codegen
 
 
-@vector_code
-def multiply_32(typingctx: Any, behaviors_nD: Any, pairs_PC: Any, at: Any, out_nC: Any) -> Any:
-    """Float32 products (32, 32) of 32 bf16 rows and the candidates from `at` on.
+def paired(rows_CD: np.ndarray) -> np.ndarray:
+    """bf16 rows (as 16-bit integers) as the unit wants its second operand: (P, C) int32, two dims in one."""
+    return aligned(rows_CD.view(np.int32).T)
 
-    `pairs_PC` holds the candidates as the unit wants its second operand: two dims of one in an int32.
-    """
+
+def aligned(array: np.ndarray) -> np.ndarray:
+    """A copy that begins on a cache line, as torch's memory does: tiles load rows that cross lines slowly."""
+    return torch.from_numpy(np.ascontiguousarray(array)).clone().numpy()
+
+
+@vector_code
+def multiply_32(
+    typingctx: Any, rows_nD: Any, row: Any, pairs_PC: Any, at: Any, out_nC: Any, out_row: Any, out_at: Any
+) -> Any:
+    """Float32 products of the 32 bf16 rows from `row` on and the 32 columns from `at` on, into `out_nC`."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         a, a_bytes = _matrix(context, builder, signature.args[0], args[0], 2)
-        b, b_bytes = _matrix(context, builder, signature.args[1], args[1], 4)
-        out, out_bytes = _matrix(context, builder, signature.args[3], args[3], 4)
-        b = builder.gep(b, [builder.mul(args[2], _number(4))])
+        b, b_bytes = _matrix(context, builder, signature.args[2], args[2], 4)
+        out, out_bytes = _matrix(context, builder, signature.args[4], args[4], 4)
+        a = builder.gep(a, [builder.mul(args[1], a_bytes)])
+        b = builder.gep(b, [builder.mul(args[3], _number(4))])
+        out = builder.gep(
+            out, [builder.add(builder.mul(args[5], out_bytes), builder.mul(args[6], _number(4)))]
+        )
         for tile in range(4):
             _call(builder, "tilezero", _tile(tile))
         with cgutils.for_range(builder, builder.udiv(a_bytes, _number(2 * STEP)), intp=_I64) as loop:
@@ -93,7 +106,8 @@ def multiply_32(typingctx: Any, behaviors_nD: Any, pairs_PC: Any, at: Any, out_n
             _call(builder, "tilestored64", _tile(tile), builder.gep(out, [corner]), out_bytes)
         return context.get_dummy_value()
 
-    return types.void(behaviors_nD, pairs_PC, types.int64, out_nC), codegen
+    place = types.int64
+    return types.void(rows_nD, place, pairs_PC, place, out_nC, place, place), codegen
 
 
 @vector_code
