@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 
 from prerank_tools.quantizers.assign import COARSE_TIE
-from prerank_tools.quantizers.assign_torch import Guessed, Levels, Rows, bounds, record_lead
+from prerank_tools.quantizers.assign_levels import Guessed, Levels, Rows, bounds
+from prerank_tools.quantizers.assign_settle import record_lead
 
 LARGEST = tl.constexpr(0x7F7FFFFF)  # bits of the largest float32
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from prerank_tools.quantizers import assign_levels, cuda_code
 from prerank_tools.quantizers import assign_torch as gpu
 from prerank_tools.quantizers.assign import assign_exact
 from prerank_tools.quantizers.kmeans_torch import kmeans_torch
@@ -39,11 +41,11 @@ def test_codes_are_exact_and_every_wrong_guess_was_in_doubt(
 ) -> None:
     if dtype == np.float16 and scale > 1:
         pytest.skip("beyond the range of float16")
-    monkeypatch.setattr(gpu, "TABLE_CODES", table_codes)
+    monkeypatch.setattr(assign_levels, "TABLE_CODES", table_codes)
     x_ND, codebooks = hard(scale, shift)
     x_ND = x_ND.astype(dtype)
     exact_NL = assign_exact(x_ND, codebooks)
-    levels, x = gpu.put_levels(codebooks, "cpu"), torch.from_numpy(x_ND)
+    levels, x = assign_levels.put_levels(codebooks, "cpu"), torch.from_numpy(x_ND)
     guessed = gpu.guess(x, levels, gpu.nearest_torch)
     wrong_NL = guessed.codes_nL.numpy() != exact_NL
     rows = np.flatnonzero(wrong_NL.any(axis=1))
@@ -51,7 +53,7 @@ def test_codes_are_exact_and_every_wrong_guess_was_in_doubt(
     assert len(rows)
     assert (guessed.doubt_n.numpy()[rows] >> first & 1).all()
     runner = guessed.runner_nL.numpy()[rows, first] == exact_NL[rows, first]
-    assert (runner | (guessed.doubt_n.numpy()[rows] >> (first + gpu.MANY) & 1).astype(bool)).all()
+    assert (runner | (guessed.doubt_n.numpy()[rows] >> (first + assign_levels.MANY) & 1).astype(bool)).all()
     gpu.settle(x, guessed, levels)
     np.testing.assert_array_equal(guessed.codes_nL.numpy(), exact_NL)
 
@@ -97,9 +99,86 @@ def test_the_kernel_equals_the_definition(dtype: torch.dtype, sizes: tuple[int, 
     x_ND, codebooks = hard(dims=100, sizes=sizes)
     x = torch.from_numpy(x_ND).cuda().to(dtype)
     exact_NL = assign_exact(x.float().cpu().numpy(), codebooks)
-    levels = gpu.put_levels(codebooks, "cuda")
+    levels = assign_levels.put_levels(codebooks, "cuda")
     for tiling in (Tiling(), Tiling(64, 128, 32, 4, 2)):
         nearest = partial(nearest_triton, tiling=tiling)
         np.testing.assert_array_equal(
             gpu.assign_on_device(x, levels, nearest=nearest).cpu().numpy(), exact_NL
         )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("sizes", [(256, 256, 256), (300, 1, 700, 20), (2_000, 1_500), (40, 9)])
+@pytest.mark.parametrize(("dims", "scale"), [(512, 1.0), (104, 1.0), (104, 1e-5), (64, 1.0)])
+def test_the_hopper_kernel_equals_the_definition(
+    dtype: torch.dtype, sizes: tuple[int, ...], dims: int, scale: float
+) -> None:
+    from prerank_tools.quantizers import assign_hopper as hopper
+
+    x_ND, codebooks = hard(scale, dims=dims, sizes=sizes)
+    x = torch.from_numpy(x_ND).cuda().to(dtype)
+    levels = assign_levels.put_levels(codebooks, "cuda")
+    if not hopper.fits(x, levels):
+        pytest.skip("not a Hopper card")
+    exact_NL = assign_exact(x.float().cpu().numpy(), codebooks)
+    guessed = hopper.guess_hopper(x, levels).guessed
+    wrong_NL = guessed.codes_nL.cpu().numpy() != exact_NL
+    rows = np.flatnonzero(wrong_NL.any(axis=1))
+    assert (guessed.doubt_n.cpu().numpy()[rows] >> wrong_NL[rows].argmax(axis=1) & 1).all()
+    np.testing.assert_array_equal(gpu.assign_on_device(x, levels).cpu().numpy(), exact_NL)
+
+
+def test_packed_codebooks_hold_every_code_and_bias_where_the_kernel_looks() -> None:
+    _, codebooks = hard(dims=104, sizes=(200, 300, 31))
+    levels = assign_levels.put_levels(codebooks, "cpu")
+    packed = levels.packed
+    rng = np.random.default_rng(0)
+    chunks_LUC = packed.codes_LX.view(3, packed.size // 128, 2, 128, 8, 8)
+    bias_4 = packed.bias.view(-1, 4)
+    for level, codebook_KD in enumerate(codebooks):
+        for code, dim in zip(
+            rng.integers(0, len(codebook_KD), 50), rng.integers(0, codebook_KD.shape[1], 50), strict=True
+        ):
+            unit, row, piece = code // 128, code % 128, dim % 64 // 8 ^ code % 8
+            assert (
+                chunks_LUC[level, unit, dim // 64, row, piece, dim % 8] == levels.half_LKD[level, code, dim]
+            )
+            before = [int(rng.integers(0, len(c_KD))) for c_KD in codebooks[:level]]
+            row_4, table_4 = packed.size // 4, packed.size**2 // 4
+            starts = [
+                row_4 + (level * (level - 1) // 2 + j) * table_4 + k * row_4 for j, k in enumerate(before)
+            ]
+            column = unit * 32 + row // 16 * 4 + row % 8 // 2, row % 16 // 8 * 2 + row % 2
+            found = sum(float(bias_4[start + column[0], column[1]]) for start in starts or [0])
+            want = float(levels.norm_LK[level, code])
+            want += sum(float(levels.table_LLKK[level, j, k, code]) for j, k in enumerate(before))
+            assert found == pytest.approx(want, abs=1e-6)
+
+
+def test_codebooks_are_laid_out_once_and_again_when_they_change() -> None:
+    x_ND, codebooks = hard()
+    first = assign_levels.held_levels(codebooks, "cpu")
+    assert assign_levels.held_levels([c_KD.copy() for c_KD in codebooks], "cpu") is first
+    codebooks[1][3, 5] += 1.0
+    assert assign_levels.held_levels(codebooks, "cpu") is not first
+    np.testing.assert_array_equal(
+        gpu.assign_torch(x_ND, codebooks, device="cpu"), assign_exact(x_ND, codebooks)
+    )
+
+
+def test_a_kernel_is_compiled_once_for_all_processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    built = []
+
+    def compile_(text: str, name: str, defines: dict[str, int]) -> bytes:
+        built.append((name, dict(defines)))
+        return str(defines).encode()
+
+    monkeypatch.setattr(cuda_code, "_compile", compile_)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for levels in (3, 3, 2):
+        assert str(levels) in cuda_code._compiled(("machine.cuh", "nearest.cu"), {"LEVELS": levels}).decode()
+    assert built == [("nearest.cu", {"LEVELS": 3}), ("nearest.cu", {"LEVELS": 2})]
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # nothing can be kept there
+    assert cuda_code._compiled(("nearest.cu",), {"LEVELS": 1})
