@@ -1,9 +1,10 @@
 """Residual assignment, fitting and `quantize sid` on CPU, beside faiss and the bare Parquet work, in one run.
 
-    python benchmarks/assign_cpu.py --out benchmarks/results/assign_cpu.md [--large]
+    OMP_WAIT_POLICY=ACTIVE python benchmarks/assign_cpu.py --out benchmarks/results/assign_cpu.md [--large]
 
 Synthetic unit vectors around clusters. Runs alternate between paths, so that load meets all alike. CPU
-seconds are given beside wall seconds: waiting for a busy core counts in the one and not in the other.
+seconds are given beside wall seconds: waiting for a busy core counts in the one and not in the other, and
+spinning threads (the ACTIVE policy, faiss at its best on idle cores) count in both.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
-# Threads that spin for a core which is busy slow down whoever waits for them: off, for all paths alike.
+# Threads that spin for a core which is busy slow down whoever waits for them: off unless asked for.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import faiss
@@ -47,6 +48,7 @@ def main() -> None:
     words.add_argument("--threads", type=int, default=2)
     words.add_argument("--rounds", type=int, default=7)
     words.add_argument("--fit-rows", type=int, default=65_536)
+    words.add_argument("--sections", nargs="+", default=["assignment", "fitting", "parquet"])
     words.add_argument(
         "--large", action="store_true", help="10 million rows, Parquet to Parquet, with memory"
     )
@@ -54,11 +56,14 @@ def main() -> None:
     faiss.omp_set_num_threads(given.threads)
     torch.set_num_threads(given.threads)
     x_ND = clustered(given.rows)
-    codebooks = list(RKMeans(sizes=SIZES, iterations=10).fit(x_ND[:65_536], seed=1).codebooks)
+    codebooks = list(RKMeans(sizes=SIZES, iterations=10).fit(x_ND[:32_768], seed=1).codebooks)
     lines = heading(given)
-    lines += assignment(x_ND, codebooks, given.threads, given.rounds)
-    lines += fitting(x_ND[: given.fit_rows], given.threads)
-    lines += parquet(x_ND, given.threads, given.rounds)
+    if "assignment" in given.sections:
+        lines += assignment(x_ND, codebooks, given.threads, given.rounds)
+    if "fitting" in given.sections:
+        lines += fitting(x_ND[: given.fit_rows], given.threads, max(1, given.rounds // 2))
+    if "parquet" in given.sections:
+        lines += parquet(x_ND, given.threads, given.rounds)
     if given.large:
         lines += large(codebooks, given.threads)
     text = "\n".join(lines) + "\n"
@@ -77,11 +82,13 @@ def heading(given: argparse.Namespace) -> list[str]:
     versions = ", ".join(f"{name} {version(name)}" for name in ("faiss-cpu", "torch", "numba", "polars"))
     return [
         "# Residual assignment on CPU", "",
-        f"`python benchmarks/assign_cpu.py --rows {given.rows} --threads {given.threads} "
-        f"--fit-rows {given.fit_rows}{' --large' if given.large else ''}` on {cpu}, "
-        f"{versions}, Python {platform.python_version()}, "
-        f"{datetime.now(UTC):%Y-%m-%d}, seed 0. Load average at the start {load}, so trust ratios, and CPU "
-        f"time before wall time. Paths alternate; medians of {given.rounds}, and the fastest.", "",
+        f"`OMP_WAIT_POLICY={os.environ['OMP_WAIT_POLICY']} python benchmarks/assign_cpu.py "
+        f"--rows {given.rows} --rounds {given.rounds} --fit-rows {given.fit_rows} "
+        f"--sections {' '.join(given.sections)}"
+        f"{' --large' if given.large else ''}`",
+        f"on {cpu}, {os.cpu_count()} cores, {versions}, Python {platform.python_version()},",
+        f"{datetime.now(UTC):%Y-%m-%d}, seed 0. Load average at the start {load}. Paths alternate; "
+        f"medians of {given.rounds}. Ratios are of wall time: how many times the peer's time is ours.", "",
     ]  # fmt: skip
 
 
@@ -97,33 +104,36 @@ def clustered(rows: int, *, seed: int = 0) -> np.ndarray:
 
 
 def assignment(x_ND: np.ndarray, codebooks: list[np.ndarray], threads: int, rounds: int) -> list[str]:
-    """In memory: ours and three faiss paths, and whether their codes are right."""
+    """In memory: ours and three faiss paths on one thread and on all, and whether their codes are right."""
     exact_NL = assign_exact(x_ND, codebooks)
-    paths: dict[str, Callable[[], np.ndarray]] = {
-        "ours, exact": lambda: assign_cpu(x_ND, codebooks, threads=threads),
-        "faiss IndexFlatL2 loop": lambda: peer.flat_loop(x_ND, codebooks),
-    }
-    for name, beam, table in (("beam 1", 1, False), ("beam 1, LUT", 1, True)):
-        encode = peer.residual_quantizer(codebooks, beam=beam, table=table)
-        paths[f"faiss ResidualQuantizer {name}"] = lambda encode=encode: encode(x_ND)
-    wall, cpu = alternate(paths, rounds)
     lines = [f"## {len(x_ND):,} x {DIMS} at 3 x 256, in memory", ""]
     lines += [
-        "| path | rows/s | fastest | CPU us/row | CPU: x flat loop | x RQ beam 1 | rows unlike float64 |"
+        "| threads | path | rows/s | CPU us/row | x flat loop | x RQ beam 1 | x RQ LUT | unlike float64 |"
     ]
-    lines += ["|---|---|---|---|---|---|---|"]
-    spent = {name: float(np.median(times)) for name, times in cpu.items()}
-    for name, times in wall.items():
-        wrong = int((paths[name]()[:, :3] != exact_NL).any(axis=1).sum())
-        flat, beam_1 = (spent[other] / spent[name] for other in list(paths)[1:3])
-        lines.append(
-            f"| {name} | {len(x_ND) / np.median(times):,.0f} | {len(x_ND) / min(times):,.0f} | "
-            f"{spent[name] / len(x_ND) * 1e6:.2f} | {flat:.2f} | {beam_1:.2f} | {wrong} |"
-        )
+    lines += ["|---|---|---|---|---|---|---|---|"]
+    for count in sorted({1, threads}):
+        faiss.omp_set_num_threads(count)
+        torch.set_num_threads(count)
+        paths: dict[str, Callable[[], np.ndarray]] = {
+            "ours, exact": lambda count=count: assign_cpu(x_ND, codebooks, threads=count),
+            "faiss IndexFlatL2 loop": lambda: peer.flat_loop(x_ND, codebooks),
+        }
+        for name, table in (("beam 1", False), ("beam 1, LUT", True)):
+            encode = peer.residual_quantizer(codebooks, beam=1, table=table)
+            paths[f"faiss ResidualQuantizer {name}"] = lambda encode=encode: encode(x_ND)
+        wall, cpu = alternate(paths, rounds)
+        middle = {name: float(np.median(times)) for name, times in wall.items()}
+        for name in paths:
+            wrong = int((paths[name]()[:, :3] != exact_NL).any(axis=1).sum())
+            ratios = " | ".join(f"{middle[other] / middle[name]:.2f}" for other in list(paths)[1:])
+            lines.append(
+                f"| {count} | {name} | {len(x_ND) / middle[name]:,.0f} | "
+                f"{np.median(cpu[name]) / len(x_ND) * 1e6:.2f} | {ratios} | {wrong} |"
+            )
     return [*lines, ""]
 
 
-def fitting(x_ND: np.ndarray, threads: int) -> list[str]:
+def fitting(x_ND: np.ndarray, threads: int, rounds: int) -> list[str]:
     """Seconds to fit and the error reached, ours and the plain faiss loop."""
     fitted: dict[str, list[np.ndarray]] = {}
 
@@ -137,7 +147,7 @@ def fitting(x_ND: np.ndarray, threads: int) -> list[str]:
         fitted["faiss loop"] = peer.fit_loop(x_ND, SIZES, iterations=25, seed=1)
         return fitted["faiss loop"][0]
 
-    wall, cpu = alternate({"ours": ours, "faiss loop": theirs}, 1)
+    wall, cpu = alternate({"ours": ours, "faiss loop": theirs}, rounds)
     lines = [f"## Fitting 3 x 256 on {len(x_ND):,} x {DIMS}, 25 iterations", ""]
     lines += ["| path | seconds | CPU seconds | relative error |", "|---|---|---|---|"]
     for name, times in wall.items():

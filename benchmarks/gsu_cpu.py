@@ -1,6 +1,6 @@
 """GSU on the CPU beside what one would write without it: in memory, Parquet to Parquet, and how it grows.
 
-    python benchmarks/gsu_cpu.py --data DIR --out benchmarks/results/gsu_cpu.md
+    OMP_WAIT_POLICY=ACTIVE python benchmarks/gsu_cpu.py --data DIR --out benchmarks/results/gsu_cpu.md
 
 DIR holds ml-latest-small-mm and online-retail-ii. Everything runs in one process, turn by turn.
 """
@@ -50,7 +50,9 @@ def main() -> None:
     lines = [
         "# GSU on the CPU",
         "",
-        f"`python benchmarks/gsu_cpu.py --data DIR --out ...`, {versions()}.",
+        f"`OMP_WAIT_POLICY={os.environ.get('OMP_WAIT_POLICY', 'PASSIVE')} python benchmarks/gsu_cpu.py "
+        f"--data DIR --repeats {given.repeats} --sections {' '.join(given.sections)}`,",
+        f"{versions()}.",
         "",
     ]
     for name in given.sections:
@@ -63,9 +65,8 @@ def versions() -> str:
     """Where and with what."""
     model = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line)
     return (
-        f"{model.split(':')[1].strip()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start\n"
-        f"(other work shared the cores: trust ratios), Python {platform.python_version()}, torch "
-        f"{torch.__version__}, faiss {faiss.__version__},\n"
+        f"{model.split(':')[1].strip()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start, "
+        f"Python {platform.python_version()}, torch {torch.__version__}, faiss {faiss.__version__},\n"
         f"numba {numba.__version__}, polars {pl.__version__}, "
         f"numpy {np.__version__}; {datetime.now(UTC):%Y-%m-%d}, seed 0"
     )
@@ -83,8 +84,8 @@ def in_memory(given: argparse.Namespace) -> list[str]:
     halves = table.astype(np.float16)
     pairs = users * candidates
     exact = topk(table, groups, k=K, recent=0, threads=given.threads).positions_MK
-    lines = [f"## {in_memory.__doc__}", "", "CPU time is what the process used, and does not count waiting"]
-    lines += ["for a core; with one thread it is the fair measure on a machine that others use.", ""]
+    lines = [f"## {in_memory.__doc__}", "", "CPU time is what the process used: waiting for a core is not in"]
+    lines += ["it, spinning threads are. NumPy's product has both cores in either half of the table.", ""]
     lines += [
         "| threads | what | pairs/s | against faiss | pairs/s of CPU time | against faiss | exact order |"
     ]

@@ -195,6 +195,23 @@ def test_a_mapped_catalogue_gives_the_same_rows(tmp_path: Path, monkeypatch: pyt
     assert not (tmp_path / "mapped" / "_tmp").exists()
 
 
+def test_int8_vectors_with_or_without_a_scale(tmp_path: Path) -> None:
+    stage = random_stage(tmp_path)
+    ids = pl.read_parquet(stage.embeddings)["item_id"]
+    rng = np.random.default_rng(1)
+    stored = rng.integers(-127, 128, (len(ids), 24)).astype(np.int8)
+    write_embeddings(tmp_path, ids.to_list(), stored, "vectors")
+    plain = rows_of(stage, tmp_path / "plain")
+    scale_N = rng.uniform(0.01, 3.0, len(ids))
+    scaled = pl.read_parquet(stage.embeddings).with_columns(pl.Series("scale", scale_N))
+    scaled.write_parquet(stage.embeddings)
+    assert rows_of(stage, tmp_path / "scaled").equals(plain)
+    wide = (stored * scale_N[:, None]).astype(np.float32)
+    write_embeddings(tmp_path, ids.to_list(), wide, "vectors")
+    same = rows_of(stage, tmp_path / "wide")["sims"].explode().to_numpy()
+    np.testing.assert_allclose(plain["sims"].explode().to_numpy(), same, atol=1e-3)
+
+
 def random_stage(folder: Path, **more: Any) -> GsuTopK:
     """String users, items with a vector but for a few, 40 requests of 15 candidates."""
     rng = np.random.default_rng(0)
