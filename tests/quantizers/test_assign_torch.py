@@ -28,7 +28,7 @@ def hard(
     a_N, b_N = rng.integers(0, sizes[0], (2, 200))
     x_ND[:200] = (codebooks[0][a_N].astype(np.float64) + codebooks[0][b_N]) / 2
     x_ND[200:220] = codebooks[0][:20]
-    codebooks[0][77] = codebooks[0][5]
+    codebooks[0][min(77, sizes[0] - 1)] = codebooks[0][5]
     codebooks[0] = codebooks[0] + np.float32(shift)
     return (x_ND + np.float32(shift)) * np.float32(scale), [c_KD * np.float32(scale) for c_KD in codebooks]
 

@@ -68,14 +68,17 @@ __device__ __forceinline__ void step(float (&sum)[64], float (&before)[64], Stat
                 product(sum, operand(x + chunk * X_BYTES + 32 * k), operand(at.c + s.stage * C_BYTES + 32 * k),
                         chunk + k > 0);
             product_commit();
-            product_wait<1>();
-            if (chunk > 0) release(at, s, chunk - 1, last_unit, lane);
-            if (++s.stage == STAGES) s.stage = 0, s.turn ^= 1;
+            if (chunk == 0) product_wait<1>();  // shows the compiler that the unit before is complete
         }
 #pragma unroll
         for (int piece = chunk * PIECES / CHUNKS; piece < (chunk + 1) * PIECES / CHUNKS; piece++) {
             search_piece(before, bias[piece & 1], s.rows, s.level, found, piece, mask, at.spare);
             if (piece + 2 < PIECES) load_bias(bias[piece & 1], from, s.level, piece + 2);
+        }
+        if (MULTIPLY) {
+            product_wait<1>();
+            if (chunk > 0) release(at, s, chunk - 1, last_unit, lane);
+            if (++s.stage == STAGES) s.stage = 0, s.turn ^= 1;
         }
     }
 #pragma unroll
