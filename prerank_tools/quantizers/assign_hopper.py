@@ -11,14 +11,15 @@ import torch
 
 from prerank_tools.quantizers import cuda_code
 from prerank_tools.quantizers.assign import COARSE_TIE
-from prerank_tools.quantizers.assign_levels import MANY, MISSING, Guessed, Levels, has_triton
-from prerank_tools.quantizers.assign_settle import settle
+from prerank_tools.quantizers.assign_levels import MISSING, Guessed, Levels, has_triton
+from prerank_tools.quantizers.assign_settle import measure_all, settle
 
 MOST_DIMS = 512  # vectors of a block that fit in shared memory
 MOST_CODES = 1 << 15  # a slot holds codes of 16 bits and a word for none
 MOST_LEVELS = 4  # rows of bias that fit in registers
 ROWS, UNIT, CHUNK = 128, 128, 64  # vectors of a block, codes of a unit, dims of a chunk
 SHARED = 227 * 1024
+FEW = 4_096  # open rows of which all levels are sooner measured than chosen
 SOURCES = ("machine.cuh", "task.cuh", "search.cuh", "level.cuh", "nearest.cu"), ("machine.cuh", "settle.cu")
 
 
@@ -198,9 +199,10 @@ def settle_hopper(x_nD: torch.Tensor, found: Found, levels: Levels) -> int:
     rows_r = opened[0][: int(opened[1])].long()
     if not len(rows_r):
         return 0
-    doubt_r = of.doubt_n[rows_r]
-    doubt_r |= doubt_r << MANY  # few rows: measuring all codes takes fewer steps than telling two apart
-    part = Guessed(of.codes_nL[rows_r], of.runner_nL[rows_r], doubt_r)
+    if len(rows_r) <= FEW:
+        of.codes_nL[rows_r], left = measure_all(x_nD[rows_r], levels)
+        return left
+    part = Guessed(of.codes_nL[rows_r], of.runner_nL[rows_r], of.doubt_n[rows_r])
     left = settle(x_nD[rows_r], part, levels)
     of.codes_nL[rows_r] = part.codes_nL
     return left

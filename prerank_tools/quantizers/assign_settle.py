@@ -44,6 +44,24 @@ def settle(x_nD: torch.Tensor, guessed: Guessed, levels: Levels, *, verify: Veri
     return len(rows_R)
 
 
+def measure_all(x_rD: torch.Tensor, levels: Levels) -> tuple[torch.Tensor, int]:
+    """(codes (r, L) int32, how many rows needed the CPU), every code of every level measured in float64.
+
+    For few rows: no step waits for a count of rows.
+    """
+    r_rD, codes, close_r = x_rD.double(), [], torch.zeros(len(x_rD), dtype=torch.bool, device=x_rD.device)
+    for c_KD in levels.exact:
+        code_r, near_r = _nearest64(r_rD, c_KD)
+        codes.append(code_r)
+        close_r |= near_r
+        r_rD -= c_KD[code_r.long()]
+    codes_rL = torch.stack(codes, 1)
+    rows_R = close_r.nonzero()[:, 0]
+    if len(rows_R):
+        codes_rL[rows_R] = _on_the_cpu(x_rD[rows_R], levels)
+    return codes_rL, len(rows_R)
+
+
 def _on_the_cpu(x_RD: torch.Tensor, levels: Levels) -> torch.Tensor:
     codebooks = [c_KD.float().cpu().numpy() for c_KD in levels.exact]
     settled_RL = assign_exact(x_RD.float().cpu().numpy(), codebooks)

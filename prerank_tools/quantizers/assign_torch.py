@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -30,9 +31,16 @@ def assign_torch(x_ND: np.ndarray, codebooks: Sequence[np.ndarray], *, device: s
     levels = held_levels(codebooks, device)
     codes_NL = np.empty((len(x_ND), len(codebooks)), dtype=np.uint16)
     for start in range(0, len(x_ND), BLOCK):
-        x_nD = torch.from_numpy(np.require(x_ND[start : start + BLOCK], requirements=("C", "W"))).to(device)
+        x_nD = _borrowed(x_ND[start : start + BLOCK]).to(device)
         codes_NL[start : start + BLOCK] = assign_on_device(x_nD, levels).cpu().numpy().astype(np.uint16)
     return codes_NL
+
+
+def _borrowed(x_nD: np.ndarray) -> torch.Tensor:
+    """The rows as a tensor, not copied; torch warns of read-only ones, which nobody writes to."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.from_numpy(np.ascontiguousarray(x_nD))
 
 
 def assign_on_device(x_nD: torch.Tensor, levels: Levels, *, nearest: Nearest | None = None) -> torch.Tensor:

@@ -12,6 +12,7 @@ import torch
 from prerank_tools.quantizers import assign_levels, cuda_code
 from prerank_tools.quantizers import assign_torch as gpu
 from prerank_tools.quantizers.assign import assign_exact
+from prerank_tools.quantizers.assign_settle import measure_all
 from prerank_tools.quantizers.kmeans_torch import kmeans_torch
 
 
@@ -56,6 +57,13 @@ def test_codes_are_exact_and_every_wrong_guess_was_in_doubt(
     assert (runner | (guessed.doubt_n.numpy()[rows] >> (first + assign_levels.MANY) & 1).astype(bool)).all()
     gpu.settle(x, guessed, levels)
     np.testing.assert_array_equal(guessed.codes_nL.numpy(), exact_NL)
+
+
+def test_measuring_all_codes_is_exact() -> None:
+    x_ND, codebooks = hard()
+    codes_NL, on_cpu = measure_all(torch.from_numpy(x_ND), assign_levels.put_levels(codebooks, "cpu"))
+    np.testing.assert_array_equal(codes_NL.numpy(), assign_exact(x_ND, codebooks))
+    assert 0 < on_cpu < 400  # those halfway between two codes, and those at a code that is there twice
 
 
 def test_rows_beyond_float16_are_settled() -> None:
