@@ -6,10 +6,11 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from prerank_tools.quantizers import cuda_code
+from prerank_tools import cuda_code
 from prerank_tools.quantizers.assign import COARSE_TIE
 from prerank_tools.quantizers.assign_levels import MISSING, Guessed, Levels, has_triton
 from prerank_tools.quantizers.assign_settle import measure_all, settle
@@ -20,7 +21,11 @@ MOST_LEVELS = 4  # rows of bias that fit in registers
 ROWS, UNIT, CHUNK = 128, 128, 64  # vectors of a block, codes of a unit, dims of a chunk
 SHARED = 227 * 1024
 FEW = 4_096  # open rows of which all levels are sooner measured than chosen
-SOURCES = ("machine.cuh", "task.cuh", "search.cuh", "level.cuh", "nearest.cu"), ("machine.cuh", "settle.cu")
+HOPPER = Path(__file__).parent / "hopper"
+NEAREST = tuple(
+    HOPPER / name for name in ("machine.cuh", "task.cuh", "search.cuh", "level.cuh", "nearest.cu")
+)
+SETTLE = tuple(HOPPER / name for name in ("machine.cuh", "settle.cu"))
 
 
 def _structure(name: str, pointers: str, *more: tuple[str, type]) -> type[ctypes.Structure]:
@@ -149,7 +154,7 @@ def _launch(x_nD: torch.Tensor, levels: Levels, found: Found, first: int) -> Non
         tuple((*bounds(level, levels), len(levels.exact[level])) for level in here),
     )  # fmt: skip
     defines = {"DIMS": dims + -dims % CHUNK, "CODES": packed.size, "LEVELS": len(here)}
-    kernel = cuda_code.kernel(SOURCES[0], "nearest", SHARED, **defines)
+    kernel = cuda_code.kernel(NEAREST, "nearest", SHARED, **defines)
     blocks = min(-(-len(x_nD) // ROWS), _processors(x_nD))
     kernel.launch(blocks, 384, cuda_code.tensor_map(half_nD, ROWS, CHUNK), task)
 
@@ -220,7 +225,7 @@ def _settle(
         tuple((*_reach(level, levels), len(levels.exact[level])) for level in range(count)),
     )  # fmt: skip
     defines = {"DIMS": dims, "LEVELS": count, "X_HALF": int(x_nD.dtype == torch.float16)}
-    kernel = cuda_code.kernel(SOURCES[1], "settle", 0, SEARCH_ALL=int(all_codes), **defines)
+    kernel = cuda_code.kernel(SETTLE, "settle", SEARCH_ALL=int(all_codes), **defines)
     kernel.launch(5 * _processors(x_nD), 128, task)  # blocks that are on chip at once
 
 

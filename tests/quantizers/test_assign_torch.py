@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from prerank_tools.quantizers import assign_levels, cuda_code
+from prerank_tools.quantizers import assign_levels
 from prerank_tools.quantizers import assign_torch as gpu
 from prerank_tools.quantizers.assign import assign_exact
 from prerank_tools.quantizers.assign_settle import measure_all
@@ -173,20 +172,3 @@ def test_codebooks_are_laid_out_once_and_again_when_they_change() -> None:
     np.testing.assert_array_equal(
         gpu.assign_torch(x_ND, codebooks, device="cpu"), assign_exact(x_ND, codebooks)
     )
-
-
-def test_a_kernel_is_compiled_once_for_all_processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    built = []
-
-    def compile_(text: str, name: str, defines: dict[str, int]) -> bytes:
-        built.append((name, dict(defines)))
-        return str(defines).encode()
-
-    monkeypatch.setattr(cuda_code, "_compile", compile_)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for levels in (3, 3, 2):
-        assert str(levels) in cuda_code._compiled(("machine.cuh", "nearest.cu"), {"LEVELS": levels}).decode()
-    assert built == [("nearest.cu", {"LEVELS": 3}), ("nearest.cu", {"LEVELS": 2})]
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # nothing can be kept there
-    assert cuda_code._compiled(("nearest.cu",), {"LEVELS": 1})

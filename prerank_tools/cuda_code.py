@@ -8,13 +8,14 @@ import hashlib
 import importlib.util
 import os
 from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
 
-FOLDER = "hopper"
+from prerank_tools.errors import UsageError
+
+BYTES = ctypes.c_byte * 128  # of a tensor map
 
 
 def available() -> bool:
@@ -31,10 +32,13 @@ class Kernel:
         self.handle, self.shared = handle, shared
 
     def launch(self, blocks: int, threads: int, *arguments: Any) -> None:
-        """Start on the current stream; arguments are ctypes structures or arrays, taken by value."""
+        """Start on the current stream; ctypes values are taken by value, tensors as where their data is."""
         from cuda.bindings import driver
 
-        places = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
+        if not blocks:
+            return
+        values = [_argument(argument) for argument in arguments]
+        places = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
         stream = torch.cuda.current_stream().cuda_stream
         _checked(
             driver.cuLaunchKernel(
@@ -43,19 +47,24 @@ class Kernel:
         )
 
 
-def kernel(sources: tuple[str, ...], name: str, shared: int, **defines: int) -> Kernel:
-    """Compile for the current card, once a process; raises RuntimeError with the compiler's words."""
-    return _loaded(torch.cuda.current_device(), sources, name, shared, tuple(defines.items()))
+def kernel(sources: tuple[Path, ...], name: str, shared: int = 0, **defines: int) -> Kernel:
+    """A function of these files, read one after the other, for the current card; compiled once a process.
+
+    Raises UsageError without NVIDIA's bindings, RuntimeError with the compiler's words.
+    """
+    if not available():
+        raise UsageError("a GPU kernel needs cuda-bindings", "pip install cuda-bindings")
+    return _loaded(torch.cuda.current_device(), sources, name, shared, tuple(sorted(defines.items())))
 
 
 @cache
 def _loaded(
-    card: int, sources: tuple[str, ...], name: str, shared: int, defines: tuple[tuple[str, int], ...]
+    card: int, sources: tuple[Path, ...], name: str, shared: int, defines: tuple[tuple[str, int], ...]
 ) -> Kernel:
     from cuda.bindings import driver
 
     torch.cuda.current_stream().synchronize()  # the context that modules are loaded into is then there
-    module = _checked(driver.cuModuleLoadData(_compiled(sources, dict(defines))))
+    module = _checked(driver.cuModuleLoadData(_compiled(sources, dict(defines), architecture(card))))
     handle = _checked(driver.cuModuleGetFunction(module, name.encode()))
     if shared:
         limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -63,15 +72,20 @@ def _loaded(
     return Kernel(handle, shared)
 
 
-def _compiled(sources: tuple[str, ...], defines: dict[str, int]) -> bytes:
+def architecture(card: int) -> str:
+    """`sm_90a` on Hopper, whose own instructions want the `a`; the plain name elsewhere."""
+    major, minor = torch.cuda.get_device_capability(card)
+    return f"sm_{major}{minor}" + ("a" if major == 9 else "")
+
+
+def _compiled(sources: tuple[Path, ...], defines: dict[str, int], architecture: str) -> bytes:
     """Machine code, from the user's cache where it was compiled before: that takes seconds."""
-    folder = files("prerank_tools.quantizers") / FOLDER
-    text = "\n".join((folder / source).read_text() for source in sources)
-    known = f"{torch.version.cuda} {sorted(defines.items())}\n{text}"
+    text = "\n".join(source.read_text() for source in sources)
+    known = f"{torch.version.cuda} {architecture} {sorted(defines.items())}\n{text}"
     name = f"{hashlib.sha256(known.encode()).hexdigest()}.cubin"
     with contextlib.suppress(OSError, RuntimeError):
         return (_cache() / name).read_bytes()
-    code = _compile(text, sources[-1], defines)
+    code = _compile(text, sources[-1].name, defines, architecture)
     with contextlib.suppress(OSError, RuntimeError):  # no home, or one not to be written to, costs time only
         _cache().mkdir(parents=True, exist_ok=True)
         mine = _cache() / f"{name}.{os.getpid()}"
@@ -84,11 +98,11 @@ def _cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prerank"
 
 
-def _compile(text: str, name: str, defines: dict[str, int]) -> bytes:
+def _compile(text: str, name: str, defines: dict[str, int], architecture: str) -> bytes:
     from cuda.bindings import nvrtc
 
     options = [
-        b"-arch=sm_90a",
+        f"-arch={architecture}".encode(),
         b"-std=c++17",
         *(f"-D{name}={value}".encode() for name, value in defines.items()),
     ]
@@ -105,26 +119,51 @@ def _compile(text: str, name: str, defines: dict[str, int]) -> bytes:
 
 
 def tensor_map(x_nD: torch.Tensor, rows: int, dims: int) -> Any:
-    """How the copy engine reads boxes (rows, dims) of a float16 matrix, swizzled by 128 bytes."""
+    """How Hopper's copy engine reads boxes (rows, dims) of a contiguous float16 or float32 matrix.
+
+    Rows of 128 bytes land swizzled, others as they are; beyond the matrix lie zeros.
+    """
     from cuda.bindings import driver
 
-    n, width = x_nD.shape
+    kinds, swizzles = driver.CUtensorMapDataType, driver.CUtensorMapSwizzle
+    types = {
+        torch.float16: kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+        torch.float32: kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
+    }
+    (n, width), size = x_nD.shape, x_nD.element_size()
+    swizzle = (
+        swizzles.CU_TENSOR_MAP_SWIZZLE_128B if dims * size == 128 else swizzles.CU_TENSOR_MAP_SWIZZLE_NONE
+    )
     made = _checked(
         driver.cuTensorMapEncodeTiled(
-            driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+            types[x_nD.dtype],
             2,
             x_nD.data_ptr(),
             [driver.cuuint64_t(width), driver.cuuint64_t(n)],
-            [driver.cuuint64_t(2 * width)],
+            [driver.cuuint64_t(-(-width * size // 16) * 16)],
             [driver.cuuint32_t(dims), driver.cuuint32_t(rows)],
             [driver.cuuint32_t(1), driver.cuuint32_t(1)],
             driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+            swizzle,
             driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
             driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
         )
     )
-    return (ctypes.c_byte * 128).from_buffer_copy(ctypes.string_at(int(made.getPtr()), 128))
+    return BYTES.from_buffer_copy(ctypes.string_at(int(made.getPtr()), 128))
+
+
+def no_map() -> Any:
+    """What a kernel that takes a tensor map is given on other cards."""
+    return BYTES()
+
+
+def _argument(value: Any) -> Any:
+    """As a kernel takes it: `int` and `float` for Python's numbers, a pointer for a tensor."""
+    if isinstance(value, torch.Tensor):
+        return ctypes.c_void_p(value.data_ptr())
+    if isinstance(value, int):
+        return ctypes.c_int(value)
+    return ctypes.c_float(value) if isinstance(value, float) else value
 
 
 def _checked(result: tuple[Any, ...]) -> Any:
