@@ -46,8 +46,9 @@ KINDS = (
     "faiss PQ",
     "lucidrains ResidualVQ",
 )
-RQVAE_STEPS, PLUS_STEPS, FSQ_STEPS = 400, 1_000, 400
-REFINE_ROUNDS = 60
+Task = tuple[str, int, str, int, bool]  # catalogue, levels, kind, seed, fitted on nine tenths
+PEER_STEPS = 1_000  # of a training that counts epochs: as many as our RQ-VAE takes
+REFINE_ROUNDS = 30
 
 
 def main() -> None:
@@ -57,6 +58,7 @@ def main() -> None:
     words.add_argument("--out", type=Path, required=True)
     words.add_argument("--seeds", type=int, default=5)
     words.add_argument("--rqvae-seeds", type=int, default=0, help="more seeds of RQ-VAE at 3 x 256")
+    words.add_argument("--held-out", action="store_true", help="also fits on nine tenths, at 3 x 256")
     words.add_argument("--kinds", nargs="*", default=list(KINDS))
     words.add_argument("--workers", type=int, default=1)
     words.add_argument("--threads", type=int, default=2)
@@ -82,42 +84,63 @@ def main() -> None:
     (args.out / "quantizers.md").write_text(report(rows, args))
 
 
-def wanted(args: argparse.Namespace) -> list[tuple[str, int, str, int]]:
-    """(catalogue, levels, kind, seed), one seed of everything before the next."""
+def wanted(args: argparse.Namespace) -> list[Task]:
+    """One seed of everything before the next, then RQ-VAE's further seeds, then the fits on nine tenths."""
     tasks = [
-        (name, len(shape), kind, seed)
+        (name, len(shape), kind, seed, False)
         for seed in range(args.seeds)
         for name in CATALOGUES
         for shape in SHAPES
         for kind in args.kinds
     ]
     more = range(args.seeds, args.rqvae_seeds)
-    return tasks + [(name, 3, "RQ-VAE", seed) for seed in more for name in CATALOGUES]
+    tasks += [(name, 3, "RQ-VAE", seed, False) for seed in more for name in CATALOGUES]
+    held = [(name, 3, kind, 0, True) for name in CATALOGUES for kind in args.kinds if kind != "random hash"]
+    return tasks + held if args.held_out else tasks
 
 
-def key_of(row: dict[str, Any]) -> tuple[str, int, str, int]:
+def key_of(row: dict[str, Any]) -> Task:
     """What a row measured."""
-    return row["catalogue"], row["levels"], row["kind"], row["seed"]
+    return row["catalogue"], row["levels"], row["kind"], row["seed"], row.get("held_out", False)
 
 
 def measure(
-    name: str, levels: int, kind: str, seed: int, args: argparse.Namespace, started: float
+    name: str, levels: int, kind: str, seed: int, held_out: bool, args: argparse.Namespace, started: float
 ) -> dict[str, Any] | None:
-    """Fit one quantizer and judge it on its whole catalogue; None once the time is up."""
+    """Fit one quantizer and judge it on its whole catalogue; None once the time is up.
+
+    `held_out` fits on nine tenths of the titles instead and gives the error of both parts.
+    """
     if time.monotonic() - started > args.seconds:
         return None
     from prerank_tools.quantizers import assign as assignment
 
     assignment.SMALL_WORK = 10**15  # the plain float64 path: this script measures quality
     catalogue = load(name, args.vectors)
-    quantizer = make(kind, (K,) * levels, len(catalogue.x_ND))
+    left_N = left_out(catalogue.title_N) if held_out else np.zeros(len(catalogue.x_ND), dtype=bool)
+    fit_ND = catalogue.x_ND[~left_N]
+    quantizer = make(kind, (K,) * levels, len(fit_ND))
     on_device = kind in ("RQ-VAE", "RQ-KMeans+", "RQ-KMeans + FSQ")
     start = time.perf_counter()
-    quantizer.fit(catalogue.x_ND, seed=seed, threads=args.threads, device=args.device if on_device else "cpu")
-    seconds = time.perf_counter() - start
+    quantizer.fit(fit_ND, seed=seed, threads=args.threads, device=args.device if on_device else "cpu")
+    row = {"catalogue": name, "levels": levels, "kind": kind, "seed": seed, "held_out": held_out}
+    row["fit_seconds"] = time.perf_counter() - start
+    if held_out:
+        parts = {"error_fitted": fit_ND, "error_left_out": catalogue.x_ND[left_N]}
+        return row | {part: relative_error(quantizer, x_ND, args.threads) for part, x_ND in parts.items()}
     codes_NL = np.asarray(quantizer.encode(catalogue.x_ND, threads=args.threads))
-    row = {"catalogue": name, "levels": levels, "kind": kind, "seed": seed, "fit_seconds": seconds}
     return row | judged(quantizer, codes_NL, catalogue)
+
+
+def left_out(title_N: np.ndarray) -> np.ndarray:
+    """The items of a tenth of the titles: equal titles stay on one side."""
+    return (np.random.default_rng(0).random(title_N.max() + 1) < 0.1)[title_N]
+
+
+def relative_error(quantizer: Any, x_ND: np.ndarray, threads: int) -> float:
+    """Sum of squares that coding leaves, over that of the vectors."""
+    left_ND = x_ND - quantizer.decode(np.asarray(quantizer.encode(x_ND, threads=threads)))
+    return float((left_ND**2).sum() / (x_ND**2).sum())
 
 
 def judged(quantizer: Any, codes_NL: np.ndarray, catalogue: Catalogue) -> dict[str, Any]:
@@ -173,15 +196,15 @@ def recall(
 
 
 def make(kind: str, sizes: tuple[int, ...], rows: int) -> Any:
-    """An unfitted quantizer; trainings are counted in steps, so that both catalogues get the same."""
+    """An unfitted quantizer at its defaults; trainings take steps, so that both catalogues get the same."""
     from prerank_tools.quantizers.balanced import BalancedRKMeans
     from prerank_tools.quantizers.fsq import FSQConfig, RKMeansFSQ
     from prerank_tools.quantizers.pq import ProductQuantizer
     from prerank_tools.quantizers.random_hash import RandomHash
     from prerank_tools.quantizers.rkmeans import RKMeans
-    from prerank_tools.quantizers.rkmeans_plus import RKMeansPlus, RKMeansPlusConfig, RKMeansPlusTraining
+    from prerank_tools.quantizers.rkmeans_plus import RKMeansPlus, RKMeansPlusConfig
     from prerank_tools.quantizers.rqvae import RQVAE
-    from prerank_tools.quantizers.rqvae_net import RQVAEConfig, RQVAETraining
+    from prerank_tools.quantizers.rqvae_net import RQVAEConfig
 
     def epochs(steps: int) -> int:
         return max(1, round(steps / (-(-rows // 1_024))))
@@ -197,11 +220,8 @@ def make(kind: str, sizes: tuple[int, ...], rows: int) -> Any:
     def peer_rvq() -> Any:
         from peers.vector_quantize_rvq import LucidrainsRVQ
 
-        return LucidrainsRVQ(sizes, epochs=epochs(RQVAE_STEPS))
+        return LucidrainsRVQ(sizes, epochs=epochs(PEER_STEPS))
 
-    vae = RQVAEConfig(sizes=sizes, train=RQVAETraining(steps=RQVAE_STEPS))
-    plus = RKMeansPlusConfig(sizes=sizes, train=RKMeansPlusTraining(steps=PLUS_STEPS))
-    fsq = FSQConfig(sizes=sizes[:-1], train=RQVAETraining(steps=FSQ_STEPS))
     makers: dict[str, Callable[[], Any]] = {
         "RQ-KMeans": lambda: RKMeans(sizes=sizes),
         "RQ-KMeans, progressive": lambda: RKMeans(sizes=sizes, init="progressive"),
@@ -209,9 +229,9 @@ def make(kind: str, sizes: tuple[int, ...], rows: int) -> Any:
         "RQ-KMeans, refined, beam 5": lambda: refined(5),
         "RQ-KMeans, refined, beam 16": lambda: refined(16),
         "balanced RQ-KMeans (last)": lambda: BalancedRKMeans(sizes=sizes),
-        "RQ-KMeans+": lambda: RKMeansPlus(plus),
-        "RQ-KMeans + FSQ": lambda: RKMeansFSQ(fsq),
-        "RQ-VAE": lambda: RQVAE(vae),
+        "RQ-KMeans+": lambda: RKMeansPlus(RKMeansPlusConfig(sizes=sizes)),
+        "RQ-KMeans + FSQ": lambda: RKMeansFSQ(FSQConfig(sizes=sizes[:-1])),
+        "RQ-VAE": lambda: RQVAE(RQVAEConfig(sizes=sizes)),
         "OPQ": lambda: ProductQuantizer(sizes=sizes),
         "random hash": lambda: RandomHash(sizes=sizes),
         "faiss RQ, beam 1": lambda: peer_faiss(1),
@@ -240,6 +260,8 @@ def report(rows: list[dict[str, Any]], args: argparse.Namespace) -> str:
         "Collisions: above the share of items with an equal title. Used: fewest codes of a level. Purity: "
         "articleType of the first code; lift: items in a row of one user share the first code, over chance.",
     ]
+    held = [row for row in rows if row.get("held_out")]
+    rows = [row for row in rows if not row.get("held_out")]
     for name in CATALOGUES:
         for shape in SHAPES:
             ours = [row for row in rows if row["catalogue"] == name and row["levels"] == len(shape)]
@@ -248,6 +270,8 @@ def report(rows: list[dict[str, Any]], args: argparse.Namespace) -> str:
     vae = [row for row in rows if row["kind"] == "RQ-VAE" and row["levels"] == 3]
     if len({row["seed"] for row in vae}) > args.seeds:
         lines += ["", "## RQ-VAE, every seed, 3 x 256", "", *collapse(vae)]
+    if held:
+        lines += ["", "## Items that were not fitted, 3 x 256", "", *unseen(held)]
     return "\n".join(lines) + "\n"
 
 
@@ -271,6 +295,24 @@ def table(rows: list[dict[str, Any]], seeds: int) -> list[str]:
             f"| {median(row[f'{meaning}_1'] for row in ours):.3f} "
             f"| {median(row['fit_seconds'] for row in ours):.1f} |"
         )
+    return lines
+
+
+def unseen(rows: list[dict[str, Any]]) -> list[str]:
+    """Relative error of the fitted nine tenths of the titles, and of the tenth left out."""
+    lines = [
+        "Fitted on nine tenths of the titles (one seed): relative error of those, and of the tenth left out.",
+        "",
+        "| quantizer | " + " | ".join(f"{name}: fitted | left out" for name in CATALOGUES) + " |",
+        "|---" * (1 + 2 * len(CATALOGUES)) + "|",
+    ]
+    found = {(row["kind"], row["catalogue"]): row for row in rows}
+    for kind in KINDS:
+        ours = [found.get((kind, name)) for name in CATALOGUES]
+        cells = [
+            f"{row['error_fitted']:.4f} | {row['error_left_out']:.4f}" if row else "- | -" for row in ours
+        ]
+        lines += [f"| {kind} | " + " | ".join(cells) + " |"] if any(ours) else []
     return lines
 
 

@@ -23,6 +23,13 @@ from prerank_tools.quantizers.rqvae_net import RQVAETraining, mlp, zero_last
 BLOCK = 8_192  # rows encoded at once
 
 
+class FSQTraining(RQVAETraining):
+    """Short: the codes of the last level are given, only their bins move (ours)."""
+
+    steps: int = Field(default=400, ge=1)
+    lr: float = Field(default=1e-3, gt=0)
+
+
 class FSQConfig(BaseModel):
     """`sizes` are the k-means levels, `digits` the values of each last-level scalar (12 x 2 is 4096)."""
 
@@ -31,7 +38,7 @@ class FSQConfig(BaseModel):
     sizes: tuple[int, ...] = (256, 256)
     digits: tuple[int, ...] = (2,) * 8
     hidden: int = Field(default=256, ge=1)
-    train: RQVAETraining = RQVAETraining(steps=400)
+    train: FSQTraining = FSQTraining()
 
 
 class FSQNet(nn.Module):

@@ -65,13 +65,20 @@ def _paths(
         score_nBK = own_nK[:, None, :] + error_nB[:, :, None]
         for above, product_KK in enumerate(cross[level]):
             score_nBK += product_KK[path_nBL[:, :, above]]
-        flat_nX = score_nBK.flatten(1)
-        kept = min(beam, flat_nX.shape[1]) if level + 1 < len(levels) else 1
-        error_nB, index_nB = flat_nX.topk(kept, largest=False)
+        error_nB, index_nB = _smallest(score_nBK.flatten(1), beam if level + 1 < len(levels) else 1)
         parent_nB, code_nB = index_nB // len(codebook_KD), index_nB % len(codebook_KD)
         kept_nBL = path_nBL.gather(1, parent_nB[:, :, None].expand(-1, -1, level))
         path_nBL = torch.cat([kept_nBL, code_nB[:, :, None]], dim=2)
     return path_nBL[:, 0]
+
+
+def _smallest(score_nX: torch.Tensor, kept: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(values, places) of the `kept` smallest of each row; one alone is a plain minimum, which is faster."""
+    if kept == 1:
+        value_n1, place_n1 = score_nX.min(dim=1, keepdim=True)
+        return value_n1, place_n1
+    value_nB, place_nB = score_nX.topk(min(kept, score_nX.shape[1]), largest=False)
+    return value_nB, place_nB
 
 
 def _least_squares(

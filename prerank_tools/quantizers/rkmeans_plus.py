@@ -23,7 +23,7 @@ class RKMeansPlusConfig(RQVAEConfig):
     hidden: tuple[int, ...] = (256,)
     init: Literal["kmeans", "progressive", "random"] = "progressive"
     sinkhorn: bool = False  # the k-means codes are in use from the start
-    train: RQVAETraining = RKMeansPlusTraining()
+    train: RKMeansPlusTraining = RKMeansPlusTraining()
 
 
 @dataclass

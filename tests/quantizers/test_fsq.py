@@ -8,12 +8,11 @@ import numpy as np
 import torch
 
 from prerank_tools.quantizers.codebook import load_quantizer
-from prerank_tools.quantizers.fsq import FSQConfig, FSQNet, RKMeansFSQ
+from prerank_tools.quantizers.fsq import FSQConfig, FSQNet, FSQTraining, RKMeansFSQ
 from prerank_tools.quantizers.rkmeans import RKMeans
-from prerank_tools.quantizers.rqvae_net import RQVAETraining
 from prerank_tools.quantizers.sid_metrics import Reconstruction, SidCounts
 
-FAST = RQVAETraining(epochs=5, batch_size=256, lr=1e-3)
+FAST = FSQTraining(epochs=5, batch_size=256, lr=1e-3)
 
 
 def vectors(rows: int = 1_500) -> np.ndarray:

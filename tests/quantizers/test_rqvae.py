@@ -10,7 +10,7 @@ import torch
 
 from prerank_tools.quantizers.codebook import load_quantizer
 from prerank_tools.quantizers.rkmeans import RKMeans
-from prerank_tools.quantizers.rkmeans_plus import RKMeansPlus, RKMeansPlusConfig
+from prerank_tools.quantizers.rkmeans_plus import RKMeansPlus, RKMeansPlusConfig, RKMeansPlusTraining
 from prerank_tools.quantizers.rqvae import RQVAE, _length
 from prerank_tools.quantizers.rqvae_net import ResidualCodebooks, RQVAEConfig, RQVAENet, RQVAETraining, rotate
 from prerank_tools.quantizers.sid_metrics import Reconstruction, SidCounts
@@ -151,7 +151,8 @@ def test_a_progressive_start_lowers_the_error_where_residuals_have_outliers() ->
 
 def test_rkmeans_plus_lowers_the_error_it_began_with() -> None:
     x = topics(3)
-    config = RKMeansPlusConfig(sizes=(16, 16), hidden=(64,), train=FAST.model_copy(update={"epochs": 10}))
+    train = RKMeansPlusTraining(epochs=10, batch_size=128, lr=3e-3, weight_decay=1e-4)
+    config = RKMeansPlusConfig(sizes=(16, 16), hidden=(64,), train=train)
     errors = []
     for fitted in (RKMeans(sizes=(16, 16), init="progressive"), RKMeansPlus(config)):
         error = Reconstruction()
@@ -164,6 +165,11 @@ def test_the_same_seed_trains_the_same_codebook() -> None:
     x = topics(4, rows=600)
     one, two = (RQVAE(small()).fit(x, seed=7, threads=1).to_codebook().fingerprint for _ in range(2))
     assert one == two
+
+
+def test_a_kind_keeps_its_own_training_defaults_beside_what_is_set() -> None:
+    config = RKMeansPlusConfig(**{"train": {"steps": 7}})  # type: ignore[arg-type]
+    assert (config.train.steps, config.train.lr) == (7, RKMeansPlusTraining().lr)
 
 
 def test_training_takes_its_steps_whatever_the_rows() -> None:
