@@ -14,7 +14,7 @@ import pytest
 from prerank_tools.errors import ContractError, GateError, UsageError
 from prerank_tools.quantizers.assign import assign_exact
 from prerank_tools.quantizers.codebook import load_codebook
-from prerank_tools.quantizers.fit_stage import SidConfig
+from prerank_tools.quantizers.fit_stage import COPIES, SidConfig
 from prerank_tools.quantizers.stage import QuantizeSids
 from prerank_tools.run.job import Result, RunOptions, run
 from prerank_tools.tables.table import open_table
@@ -341,6 +341,23 @@ def test_the_sample_does_not_depend_on_order_or_parts(tmp_path: Path) -> None:
     go(QuantizeSids(two, config=config), tmp_path / "b")
     assert sids(tmp_path / "a") == sids(tmp_path / "b")
     assert quality(tmp_path / "a")["codebook"]["fitted_on"] == 100
+
+
+def test_the_sample_of_a_fit_stays_under_its_memory_ceiling(tmp_path: Path) -> None:
+    emb = write(tmp_path / "emb.parquet", vectors(600, dims=256))
+    rows = (1 << 20) // (4 * 256 * COPIES)
+    go(QuantizeSids(emb, config=SMALL.model_copy(update={"fit_memory_mb": 1})), tmp_path / "sid")
+    assert quality(tmp_path / "sid")["codebook"]["fitted_on"] == rows < 600
+
+
+def test_refined_codebooks_with_a_beam_are_frozen_like_any(tmp_path: Path) -> None:
+    emb = write(tmp_path / "emb.parquet", vectors(300))
+    plain = SidConfig(codes=8, levels=3, iterations=5)
+    go(QuantizeSids(emb, config=plain), tmp_path / "plain")
+    go(QuantizeSids(emb, config=plain.model_copy(update={"beam": 3, "refine": 10})), tmp_path / "sid")
+    go(QuantizeSids(emb, codebook=tmp_path / "sid", previous=tmp_path / "sid"), tmp_path / "again")
+    assert sids(tmp_path / "again") == sids(tmp_path / "sid")
+    assert quality(tmp_path / "sid")["relative_error"] < quality(tmp_path / "plain")["relative_error"]
 
 
 @pytest.mark.parametrize("quantizer", ["balanced-rkmeans", "pq", "random-hash"])
