@@ -34,6 +34,8 @@ class SidConfig(BaseModel):
     """Knobs of `quantize sid`: the codebook to fit where none is given, collisions, and the drift guard.
 
     `codes` is one number, or one a level; unset it is 256, less where the catalogue is too small for that.
+    `init = "progressive"` with `refine = 30` has the lowest error, on items that were not fitted too; the
+    default is the plain loop that others can repeat.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
