@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,10 @@ def main() -> None:
     args = words.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        make(folder, args.rows, args.seed)
+        # In a process of its own: a child's peak memory counts from that of its parent.
+        maker = get_context("spawn").Process(target=make, args=(folder, args.rows, args.seed))
+        maker.start()
+        maker.join()
         prerank("quantize", "sid", folder / "emb.parquet", "-o", folder / "sid")
         parts = {
             "collisions and use of codes": [],
