@@ -11,17 +11,22 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+Kind = Literal["concat", "gated", "cross_modal", "residual"]
+
 
 class FusionConfig(BaseModel):
-    """Shape of a fusion: `concat` (projected), `gated` sum, `cross_modal` transformer; defaults are ours."""
+    """Shape of a fusion: `concat` (projected), `gated` sum, `cross_modal` transformer, or `residual`.
+
+    Defaults, and `residual`, are ours.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    kind: Literal["concat", "gated", "cross_modal"] = "concat"
+    kind: Kind = "concat"
     text_dim: int = Field(ge=0)  # 0: the encoder has no such tower; `concat` is then a linear head
     image_dim: int = Field(ge=0)
     dim: int = Field(default=128, gt=0)
-    hidden: int = Field(default=256, gt=0)  # width inside `cross_modal`
+    hidden: int = Field(default=256, gt=0)  # width inside `cross_modal` and `residual`
     layers: int = Field(default=2, gt=0)
     heads: int = Field(default=4, gt=0)
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
@@ -33,6 +38,7 @@ def build_fusion(config: FusionConfig) -> Fusion:
         "concat": ConcatProjection,
         "gated": GatedSum,
         "cross_modal": CrossModal,
+        "residual": Residual,
     }
     return kinds[config.kind](config)
 
@@ -61,10 +67,10 @@ class Fusion(nn.Module):
         """Unit x_BD; `has_*_B` are booleans, and the rows they exclude are never read (NaN there is fine)."""
         text_BT = unit_or_placeholder(text_BT, has_text_B, self.no_text_T)
         image_BI = unit_or_placeholder(image_BI, has_image_B, self.no_image_I)
-        return normalize(self.fuse(text_BT, image_BI), dim=-1)
+        return normalize(self.fuse(text_BT, image_BI, has_text_B & has_image_B), dim=-1)
 
-    def fuse(self, text_BT: Tensor, image_BI: Tensor) -> Tensor:
-        """x_BD before normalisation."""
+    def fuse(self, text_BT: Tensor, image_BI: Tensor, whole_B: Tensor) -> Tensor:
+        """x_BD before normalisation; `whole_B`: both modalities are there."""
         raise NotImplementedError
 
 
@@ -75,7 +81,7 @@ class ConcatProjection(Fusion):
         super().__init__(config)
         self.project = nn.Linear(config.text_dim + config.image_dim, config.dim)
 
-    def fuse(self, text_BT: Tensor, image_BI: Tensor) -> Tensor:
+    def fuse(self, text_BT: Tensor, image_BI: Tensor, whole_B: Tensor) -> Tensor:
         return self.project(torch.cat([text_BT, image_BI], dim=-1))
 
 
@@ -88,9 +94,30 @@ class GatedSum(Fusion):
         self.project_image = nn.Linear(config.image_dim, config.dim)
         self.gate = nn.Linear(config.text_dim + config.image_dim, config.dim)
 
-    def fuse(self, text_BT: Tensor, image_BI: Tensor) -> Tensor:
+    def fuse(self, text_BT: Tensor, image_BI: Tensor, whole_B: Tensor) -> Tensor:
         gate_BD = torch.sigmoid(self.gate(torch.cat([text_BT, image_BI], dim=-1)))
         return gate_BD * self.project_text(text_BT) + (1 - gate_BD) * self.project_image(image_BI)
+
+
+class Residual(Fusion):
+    """As `concat`, and for whole items an MLP over both projections is added (ours).
+
+    A title alone and a picture alone keep one linear map each, so that they find each other; what a whole
+    item is near to may weigh the two by their content.
+    """
+
+    def __init__(self, config: FusionConfig) -> None:
+        super().__init__(config)
+        self.project_text = nn.Linear(config.text_dim, config.dim)
+        self.project_image = nn.Linear(config.image_dim, config.dim)
+        self.mix = nn.Sequential(
+            nn.Linear(2 * config.dim, config.hidden), nn.GELU(), nn.Linear(config.hidden, config.dim)
+        )
+
+    def fuse(self, text_BT: Tensor, image_BI: Tensor, whole_B: Tensor) -> Tensor:
+        text_BD, image_BD = self.project_text(text_BT), self.project_image(image_BI)
+        mixed_BD = self.mix(torch.cat([text_BD, image_BD], dim=-1))
+        return text_BD + image_BD + torch.where(whole_B[:, None], mixed_BD, 0.0)
 
 
 class CrossModal(Fusion):
@@ -116,7 +143,7 @@ class CrossModal(Fusion):
         )
         self.project = nn.Linear(config.hidden, config.dim)
 
-    def fuse(self, text_BT: Tensor, image_BI: Tensor) -> Tensor:
+    def fuse(self, text_BT: Tensor, image_BI: Tensor, whole_B: Tensor) -> Tensor:
         tokens = [
             self.summary_H.expand(len(text_BT), -1),
             self.project_text(text_BT),

@@ -145,10 +145,14 @@ def describe_space(models: Models, config: EmbedConfig) -> Mapping[str, Any]:
     """All that places an item's vector: model digests, template, pooling, lengths, modalities, fusion."""
     space: dict[str, Any] = {"modalities": models.modalities, "template": models.template}
     if models.item is not None:
+        stated = load_item_encoder(models.item)[0]
         return {
             **space,
             "model": model_digest(models.item),
-            "fusion": read_config(models.item)["fusion"]["kind"],
+            "fusion": stated.fusion.kind,
+            "pooling": stated.pooling,
+            "image_pooling": stated.image_pooling,
+            "max_tokens": stated.max_tokens,
         }
     if models.text is not None and models.modalities != "image":
         space["text_model"] = model_digest(models.text)

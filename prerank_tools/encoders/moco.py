@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from prerank_tools.encoders.neighbours import NeighbourTerm
 from prerank_tools.training.gather import first_row, gather_rows, row_counts
 from prerank_tools.training.losses import info_nce, triplet
 
@@ -91,15 +92,25 @@ class Scl(nn.Module):
     """An encoder under training: `forward` gives the loss, `after_step` moves momentum encoder and bank.
 
     `encoder(inputs)` maps a dict of tensors to unit x_BD. A batch holds `query` and `item` (encoder inputs),
-    `item_id` and `group` (int64, -1: none), and optionally `hard` (encoder inputs) with `has_hard` (bool).
+    `item_id` and `group` (int64, -1: none), and optionally `hard` (encoder inputs) with `has_hard` (bool),
+    and `whole` (encoder inputs) with `space`, the items' rows of `neighbour_space`, zero where there is none.
     """
 
     steps: Tensor
 
-    def __init__(self, encoder: nn.Module, *, dim: int, bank: int, config: SclConfig | None = None) -> None:
+    def __init__(
+        self,
+        encoder: nn.Module,
+        *,
+        dim: int,
+        bank: int,
+        config: SclConfig | None = None,
+        neighbours: NeighbourTerm | None = None,
+    ) -> None:
         super().__init__()
         self.config = config = config or SclConfig()
         self.encoder = encoder
+        self.neighbours = neighbours
         self.log_scale = nn.Parameter(
             torch.tensor(-math.log(config.temperature)), requires_grad=config.learn_temperature
         )
@@ -112,6 +123,7 @@ class Scl(nn.Module):
     def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """L = L_nce + lambda * L_triplet over this rank's pairs, with every rank's pairs as negatives.
 
+        With `whole` in the batch the neighbour term is added; it brings its own weight.
         L_nce has two terms (ours): in-batch, where both sides learn, and against the bank, where the
         positive is the momentum encoder's key as well. A positive from the trained encoder among momentum
         negatives runs away from them, query and item together, and nothing is learnt (measured).
@@ -129,7 +141,10 @@ class Scl(nn.Module):
         out["loss"] = out["nce"]
         if "hard" in batch and self.config.triplet_weight:
             out["triplet"] = self._triplet(query_BD, item_BD, batch)
-            out["loss"] = out["nce"] + self.config.triplet_weight * out["triplet"]
+            out["loss"] = out["loss"] + self.config.triplet_weight * out["triplet"]
+        if "whole" in batch and self.neighbours is not None:
+            out["neighbours"] = self.neighbours(self.encoder(batch["whole"]), batch["space"])
+            out["loss"] = out["loss"] + out["neighbours"]
         return {**out, "weight": torch.tensor(float(len(query_BD)))}
 
     def _both_ways(

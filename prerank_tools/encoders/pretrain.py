@@ -14,13 +14,16 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from prerank_tools.encoders.fusion import Kind
 from prerank_tools.encoders.moco import Scl, SclConfig, bank_size
-from prerank_tools.encoders.pair_batches import Contents, PairBatches, PairRows, retrieval
+from prerank_tools.encoders.neighbours import NeighbourConfig, NeighbourTerm, neighbour_space
+from prerank_tools.encoders.pair_batches import Contents, FeatureContents, PairBatches, PairRows, retrieval
 from prerank_tools.encoders.settings import ImageConfig, TextConfig
 from prerank_tools.encoders.tuning import Tune
 from prerank_tools.training.loop import TrainConfig, TrainResult, train
 
 EVAL_ROWS = 256
+WORD_SHARE = 0.3
 
 
 class EncoderTraining(TrainConfig):
@@ -39,7 +42,7 @@ class FusionShape(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    kind: Literal["concat", "gated", "cross_modal"] = "concat"
+    kind: Kind | None = None  # None: residual over two modalities, concat over one
     dim: int = Field(default=128, gt=0)
     hidden: int = Field(default=256, gt=0)
     layers: int = Field(default=2, gt=0)
@@ -54,6 +57,10 @@ class TrainEncoderConfig(BaseModel):
 
     scl: SclConfig = SclConfig()
     training: EncoderTraining = EncoderTraining()
+    neighbours: NeighbourConfig = NeighbourConfig()  # with tune = "head"
+    # Share of a text's words left out in half of the draws (ours), so that no single word carries what the
+    # picture shows as well. None: 0.3 where no pair shows an item whole (picture <-> title), else 0.
+    word_dropout: float | None = Field(default=None, ge=0, lt=1)
     fusion: FusionShape = FusionShape()
     tune: Tune = "head"  # what learns besides the fusion: nothing, `last` layers, `lora`, or `full`
     last_layers: int = Field(default=2, ge=1)
@@ -93,7 +100,12 @@ def pretrain(
     bank, warning = bank_size(config.scl, items, config.training.batch_size)
     if warning:
         log("bank", warning=warning)
-    model = EncoderScl(encoder, dim=config.fusion.dim, bank=bank, config=config.scl)
+    space_CE = space_of(contents, split.fit, config.neighbours)
+    term = None
+    if space_CE is not None:
+        term = NeighbourTerm(neighbour_weight(config.neighbours, split.fit), config.neighbours.temperature)
+        log("neighbours", weight=term.weight, items=int(space_CE.any(1).sum()))
+    model = EncoderScl(encoder, dim=config.fusion.dim, bank=bank, config=config.scl, neighbours=term)
     model.tower_lr = config.tower_lr
     batches = PairBatches(
         split.fit,
@@ -101,6 +113,7 @@ def pretrain(
         config.training.batch_size,
         config.training.seed,
         with_hard=config.scl.triplet_weight > 0,
+        space_CE=space_CE,
     )
     held_out = len(split.valid) > 1
     result = train(
@@ -115,6 +128,37 @@ def pretrain(
         log=log,
     )
     return result, evaluate(encoder, contents, split.valid) if held_out else {}
+
+
+def word_share(config: TrainEncoderConfig, pairs: PairRows) -> float:
+    """The share of words to leave out: as configured, else by the pairs."""
+    if config.word_dropout is None:
+        return WORD_SHARE * (not pairs.item_text_P.any())
+    return config.word_dropout
+
+
+def neighbour_weight(config: NeighbourConfig, pairs: PairRows) -> float:
+    """As configured; by default 1 where otherwise no item would ever be seen whole, 0 elsewhere."""
+    if config.weight is None:
+        return float(not pairs.item_text_P.any())
+    return config.weight
+
+
+def space_of(contents: Contents, pairs: PairRows, config: NeighbourConfig) -> Tensor | None:
+    """Rows of `neighbour_space` for the pairs' items that have both modalities, zeros for other contents.
+
+    None where the term has no weight, or nothing to stand on: towers that learn, fewer than two whole items.
+    """
+    if not neighbour_weight(config, pairs) or not isinstance(contents, FeatureContents):
+        return None
+    rows = torch.from_numpy(np.unique(pairs.item_P))
+    rows = rows[(contents.has_text_C & contents.has_image_C)[rows]]
+    if len(rows) < 2:
+        return None
+    z_NE = neighbour_space(contents.text_CT[rows], contents.image_CI[rows], config)
+    space_CE = torch.zeros(len(contents.text_CT), z_NE.shape[1])
+    space_CE[rows] = z_NE
+    return space_CE
 
 
 class EncoderScl(Scl):

@@ -10,20 +10,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import nn
 
-from prerank_tools.encoders.content_frames import default_template, image_columns, load
-from prerank_tools.encoders.encode import Encoder
+from prerank_tools.encoders.content_frames import default_template, image_columns
 from prerank_tools.encoders.fusion import Fusion, FusionConfig, build_fusion
 from prerank_tools.encoders.item_encoder import ItemEncoder
-from prerank_tools.encoders.loading import EmbedConfig, fingerprint_of, load_image, load_text
+from prerank_tools.encoders.loading import fingerprint_of
 from prerank_tools.encoders.model_folder import kind_of, model_digest
-from prerank_tools.encoders.pair_batches import Contents, FeatureContents, FeatureEncoder, RawContents
+from prerank_tools.encoders.pair_batches import Contents, FeatureEncoder
 from prerank_tools.encoders.pair_frames import PairContents, read_pairs
 from prerank_tools.encoders.pictures import decode
 from prerank_tools.encoders.pretrain import TrainEncoderConfig, pretrain, split_by_group
+from prerank_tools.encoders.pretrain_contents import encode_frozen, raw_contents, tune_towers
 from prerank_tools.encoders.saved_models import ItemEncoderConfig, load_item_encoder, save_item_encoder
 from prerank_tools.encoders.tower_folders import (
     PARTS,
@@ -35,7 +34,6 @@ from prerank_tools.encoders.tower_folders import (
     save_towers,
 )
 from prerank_tools.encoders.transformers_models import resolve_pooling
-from prerank_tools.encoders.tuning import tune
 from prerank_tools.encoders.vocabulary import extend_vocabulary, frequent_words, train_new_rows
 from prerank_tools.errors import ContractError, UsageError
 from prerank_tools.stage import Context, Stage
@@ -96,6 +94,10 @@ class TrainEncoder(Stage):
             raise UsageError(
                 "extra_vocab: new words need a text model that learns",
                 "set tune = 'last', 'lora' or 'full', and name a text --model",
+            )
+        if self.config.neighbours.weight and self.config.tune != "head":
+            raise UsageError(
+                "neighbours: needs features that stay", "set tune = 'head', or leave neighbours.weight out"
             )
         if self._images(ctx) and self.sources.image is None and self.sources.dual is None:
             ctx.log("images unused", why="no --image-model")
@@ -215,11 +217,15 @@ class TrainEncoder(Stage):
         return encoder, raw_contents(found, towers, self.config), towers
 
     def _fusion(self, text_dim: int, image_dim: int) -> Fusion:
+        shape = self.config.fusion
         if self.init_from is None:
-            shape = self.config.fusion.model_dump()
-            return build_fusion(FusionConfig(text_dim=text_dim, image_dim=image_dim, **shape))
+            both = self.sources.dual is not None or None not in (self.sources.text, self.sources.image)
+            kind = shape.kind or ("residual" if both else "concat")
+            return build_fusion(
+                FusionConfig(text_dim=text_dim, image_dim=image_dim, **{**shape.model_dump(), "kind": kind})
+            )
         stated, fusion = load_item_encoder(self.init_from)
-        if stated.fusion.dim != self.config.fusion.dim or stated.fusion.kind != self.config.fusion.kind:
+        if stated.fusion.dim != shape.dim or shape.kind not in (None, stated.fusion.kind):
             raise UsageError(
                 f"{self.init_from}: a {stated.fusion.kind} fusion of {stated.fusion.dim} dims",
                 "give the same fusion.kind and fusion.dim in --config, or train without --init-from",
@@ -238,70 +244,6 @@ class TrainEncoder(Stage):
         )
 
 
-def encode_frozen(found: PairContents, ctx: Context, config: TrainEncoderConfig) -> FeatureContents:
-    """Every content once through the frozen towers, as `embed items` will do it."""
-    embed = EmbedConfig(text=config.text, image=config.image)
-    dual = ctx.work / "dual"
-    text, image = (dual, dual) if dual.is_dir() else (ctx.work / "text", ctx.work / "image")
-    encoder = Encoder(
-        load_text(text, embed, device=ctx.device) if text.is_dir() else None,
-        load_image(image, embed, device=ctx.device, threads=ctx.threads) if image.is_dir() else None,
-    )
-    faults: list[str | None] = [None] * len(found.texts)
-    text_CT, has_text_C = encoder.encode_texts(found.texts)
-    image_CI, has_image_C = encoder.encode_images(found.images, faults)
-    has_image_C &= np.array([fault is None for fault in faults])
-    if any(faults):
-        ctx.log("images left out", unreadable=sum(fault is not None for fault in faults))
-    return FeatureContents(
-        torch.from_numpy(at_least_one(text_CT)),
-        torch.from_numpy(at_least_one(image_CI)),
-        torch.from_numpy(has_text_C),
-        torch.from_numpy(has_image_C),
-    )
-
-
 def sha256_of(path: Path) -> str:
     """Digest of a file's bytes."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def at_least_one(x_CD: np.ndarray) -> np.ndarray:
-    """A modality without a tower is one column of zeros: the fusion wants a width."""
-    return x_CD if x_CD.shape[1] else np.zeros((len(x_CD), 1), np.float32)
-
-
-def tune_towers(towers: Towers, config: TrainEncoderConfig) -> None:
-    """Set what of the towers learns; the halves of a dual encoder are one model."""
-    shared = towers.text is not None and getattr(towers.text, "model", None) is getattr(
-        towers.image, "model", 0
-    )
-    for tower in (towers.text, None if shared else towers.image):
-        if tower is not None:
-            tune(tower, config.tune, layers=config.last_layers, rank=config.lora_rank)
-    if shared and towers.text is not None and towers.image is not None:
-        towers.image.model = towers.text.model
-
-
-def raw_contents(found: PairContents, towers: Towers, config: TrainEncoderConfig) -> RawContents:
-    """Texts tokenised once; the main picture of each content decoded when a batch wants it."""
-    ids: list[list[int]] = [[] for _ in found.texts]
-    if towers.tokenizer is not None:
-        limit = min(towers.tokenizer.max_tokens, config.text.max_tokens)
-        shown = [row for row, text in enumerate(found.texts) if text]
-        tokens = towers.tokenizer.ids_of([found.texts[row] for row in shown], max_tokens=limit)
-        for row, found_ids in zip(shown, tokens, strict=True):
-            ids[row] = list(found_ids)
-
-    def pixels(row: int) -> np.ndarray:
-        assert towers.pixels_of is not None
-        picture = decode(load(found.images[row][0]), max_pixels=config.image.max_pixels)
-        return towers.pixels_of([picture])[0]
-
-    has_image = np.array([bool(pictures) for pictures in found.images])
-    if towers.image is None:
-        has_image[:] = False
-    pad_id = towers.tokenizer.pad_id if towers.tokenizer else 0
-    return RawContents(
-        ids, has_image, pixels, pad_id, towers.tokenizer.fixed_length if towers.tokenizer else None
-    )

@@ -9,7 +9,7 @@ import torch
 
 from prerank_tools.encoders.fusion import FusionConfig, build_fusion, concat_unit
 
-KINDS = ("concat", "gated", "cross_modal")
+KINDS = ("concat", "gated", "cross_modal", "residual")
 
 
 def fusion(kind: str) -> torch.nn.Module:

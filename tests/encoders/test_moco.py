@@ -232,7 +232,13 @@ def test_two_processes_with_ragged_batches_train_as_one(tmp_path: Path) -> None:
     two = load_file(str(tmp_path / "two" / "final.safetensors"))
     order_one, order_two = (x["item_bank.keys_KD"].sum(1).sort() for x in (one, two))
     torch.testing.assert_close(order_one.values, order_two.values, rtol=1e-3, atol=1e-4)
-    for name in ("encoder.project.weight", "momentum.project.weight", "log_scale", "item_bank.filled"):
+    for name in (
+        "encoder.project.weight",
+        "momentum.project.weight",
+        "log_scale",
+        "neighbours.log_scale",
+        "item_bank.filled",
+    ):
         torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-4)
 
 

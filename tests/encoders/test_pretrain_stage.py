@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -289,23 +290,41 @@ def test_a_dual_encoder_learns_as_one_model(tables: Path, dual_model: Path, tmp_
     assert embeddings(tables, tmp_path / "m", tmp_path / "e").shape == (48, 8)
 
 
-def test_an_image_title_pair_teaches_pictures(
-    tables: Path, text_model: Path, image_model: Path, tmp_path: Path
-) -> None:
+def image_title_pairs(tables: Path, out: Path) -> Path:
     items = pl.read_parquet(tables / "items.parquet")
-    named = items.select("item_id", query_text="title", kind=pl.lit("image_title"))
-    named.write_parquet(tmp_path / "pairs.parquet")
-    stage = TrainEncoder(
-        tmp_path / "pairs.parquet",
-        tables / "items.parquet",
-        model=str(text_model),
-        image_model=str(image_model),
-        config=config(),
+    items.select("item_id", query_text="title", kind=pl.lit("image_title")).write_parquet(out)
+    return out
+
+
+@pytest.mark.parametrize("how", ["head", "full"])
+def test_an_image_title_pair_teaches_pictures_and_whole_items(
+    tables: Path, text_model: Path, image_model: Path, tmp_path: Path, how: str
+) -> None:
+    """By default a residual fusion, words left out, and with frozen towers the neighbour term."""
+    pairs = image_title_pairs(tables, tmp_path / "pairs.parquet")
+    models = {"model": str(text_model), "image_model": str(image_model)}
+    for name, knobs in (("m", {}), ("plain", {"word_dropout": 0, "neighbours": {"weight": 0}})):
+        stage = TrainEncoder(pairs, tables / "items.parquet", config=config(tune=how, **knobs), **models)
+        run(stage, tmp_path / name, OPTIONS)
+    lines, plain = (
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("m", "plain")
     )
-    run(stage, tmp_path / "m", OPTIONS)
-    lines = [json.loads(line) for line in (tmp_path / "m" / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["loss"] < lines[0]["loss"]
-    assert run(EmbedItems(tables / "items.parquet", model=str(tmp_path / "m")), tmp_path / "e", OPTIONS)
+    assert ("neighbours" in lines[0]) == (how == "head") and "neighbours" not in plain[0]
+    assert lines[0]["nce"] != plain[0]["nce"]  # other words were seen
+    assert json.loads((tmp_path / "m" / "config.json").read_text())["fusion"]["kind"] == "residual"
+    assert embeddings(tables, tmp_path / "m", tmp_path / "e").shape == (48, 8)
+
+
+def test_neighbours_need_towers_that_stay(tables: Path, text_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="needs features that stay"):
+        train_on(
+            tables,
+            tmp_path / "m",
+            model=str(text_model),
+            config=config(tune="full", neighbours={"weight": 1.0}),
+        )
 
 
 @pytest.mark.slow
@@ -317,3 +336,40 @@ def test_two_processes_train_one_encoder(tables: Path, text_model: Path, tmp_pat
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert embeddings(tables, tmp_path / "m", tmp_path / "e").shape == (48, 128)
+
+
+@pytest.mark.slow
+def test_two_processes_agree_where_one_sees_no_picture_and_the_last_batch_is_ragged(
+    tables: Path, text_model: Path, image_model: Path, tmp_path: Path
+) -> None:
+    """Every tower learns; 7 of 48 items have a picture, so many a rank's half batch has none at all."""
+    items = pl.read_parquet(tables / "items.parquet").with_row_index()
+    seldom = pl.when(pl.col("index") % 7 == 0).then("image")
+    items.with_columns(image=seldom).drop("index").write_parquet(tmp_path / "items.parquet")
+    calm = tmp_path / "calm"  # without dropout, which differs by rank
+    shutil.copytree(text_model, calm)
+    stated = json.loads((calm / "config.json").read_text())
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (calm / "config.json").write_text(json.dumps(stated | still))
+    (tmp_path / "config.toml").write_text(
+        """
+        [train.encoder]
+        tune = "full"
+        valid_share = 0.1
+        fusion = {dim = 8, hidden = 16}
+        training = {epochs = 2, batch_size = 10, lr = 0.001, warmup_steps = 0, patience = 0}
+        """
+    )
+    words = ["train", "encoder", "--threads", "1", "--config", str(tmp_path / "config.toml")]
+    words += ["--pairs", str(tables / "pairs.parquet"), "--items", str(tmp_path / "items.parquet")]
+    words += ["--model", str(calm), "--image-model", str(image_model), "-o"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for name, start in (("one", []), ("two", torchrun)):
+        engine = ["--engine", "torchrun"] if start else []
+        command = [sys.executable, *start, "-m", "prerank_cli", *words, str(tmp_path / name), *engine]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+    for part in (".", "text", "image"):
+        one, two = (load_file(str(tmp_path / n / part / "model.safetensors")) for n in ("one", "two"))
+        for name, tensor in one.items():
+            torch.testing.assert_close(two[name], tensor, rtol=1e-2, atol=2e-4)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from prerank_tools.encoders.moco import Scl, SclConfig
+from prerank_tools.encoders.neighbours import NeighbourTerm
 from prerank_tools.training.batches import ShuffledRows
 from prerank_tools.training.loop import TrainConfig, train
 
@@ -32,7 +33,7 @@ class Linear(nn.Module):
 
 def scl(bank: int = 16, **knobs: Any) -> Scl:
     torch.manual_seed(3)
-    return Scl(Linear(), dim=4, bank=bank, config=SclConfig(**knobs))
+    return Scl(Linear(), dim=4, bank=bank, config=SclConfig(**knobs), neighbours=NeighbourTerm())
 
 
 def pairs(kill_at: int = -1) -> ShuffledRows:
@@ -49,6 +50,8 @@ def pairs(kill_at: int = -1) -> ShuffledRows:
             "hard": {"x": table[2, rows]},
             "has_hard": rows % 3 == 0,
             "item_id": rows // 2,
+            "whole": {"x": table[1, rows]},
+            "space": nn.functional.normalize(table[2, rows] * (rows % 4 != 1)[:, None], dim=-1),
             "group": torch.where(rows % 5 == 0, 0, -1),
         }
 

@@ -1,0 +1,98 @@
+"""What `train encoder` shows the encoder: features of frozen towers, else texts and pictures."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from prerank_tools.encoders.content_frames import load
+from prerank_tools.encoders.encode import Encoder
+from prerank_tools.encoders.image import decode
+from prerank_tools.encoders.loading import EmbedConfig, load_image, load_text
+from prerank_tools.encoders.pair_batches import FeatureContents, RawContents
+from prerank_tools.encoders.pair_frames import PairContents
+from prerank_tools.encoders.pretrain import TrainEncoderConfig, word_share
+from prerank_tools.encoders.tower_folders import Towers
+from prerank_tools.encoders.tuning import tune
+from prerank_tools.encoders.word_dropout import shortened
+from prerank_tools.stage import Context
+
+
+def encode_frozen(found: PairContents, ctx: Context, config: TrainEncoderConfig) -> FeatureContents:
+    """Every content once through the frozen towers, as `embed items` will do it."""
+    embed = EmbedConfig(text=config.text, image=config.image)
+    dual = ctx.work / "dual"
+    text, image = (dual, dual) if dual.is_dir() else (ctx.work / "text", ctx.work / "image")
+    encoder = Encoder(
+        load_text(text, embed, device=ctx.device) if text.is_dir() else None,
+        load_image(image, embed, device=ctx.device, threads=ctx.threads) if image.is_dir() else None,
+    )
+    faults: list[str | None] = [None] * len(found.texts)
+    text_CT, has_text_C = encoder.encode_texts(found.texts)
+    short = [at_least_one(encoder.encode_texts(texts)[0]) for texts in short_texts(found, config)]
+    image_CI, has_image_C = encoder.encode_images(found.images, faults)
+    has_image_C &= np.array([fault is None for fault in faults])
+    if any(faults):
+        ctx.log("images left out", unreadable=sum(fault is not None for fault in faults))
+    return FeatureContents(
+        torch.from_numpy(at_least_one(text_CT)),
+        torch.from_numpy(at_least_one(image_CI)),
+        torch.from_numpy(has_text_C),
+        torch.from_numpy(has_image_C),
+        torch.from_numpy(np.stack(short)) if short else None,
+    )
+
+
+def short_texts(found: PairContents, config: TrainEncoderConfig) -> list[list[str]]:
+    """The texts with words left out, as often as training wants them; [] where it wants none."""
+    share = word_share(config, found.pairs)
+    return shortened(found.texts, share=share, seed=config.training.seed) if share else []
+
+
+def at_least_one(x_CD: np.ndarray) -> np.ndarray:
+    """A modality without a tower is one column of zeros: the fusion wants a width."""
+    return x_CD if x_CD.shape[1] else np.zeros((len(x_CD), 1), np.float32)
+
+
+def tune_towers(towers: Towers, config: TrainEncoderConfig) -> None:
+    """Set what of the towers learns; the halves of a dual encoder are one model."""
+    shared = towers.text is not None and getattr(towers.text, "model", None) is getattr(
+        towers.image, "model", 0
+    )
+    for tower in (towers.text, None if shared else towers.image):
+        if tower is not None:
+            tune(tower, config.tune, layers=config.last_layers, rank=config.lora_rank)
+    if shared and towers.text is not None and towers.image is not None:
+        towers.image.model = towers.text.model
+
+
+def raw_contents(found: PairContents, towers: Towers, config: TrainEncoderConfig) -> RawContents:
+    """Texts tokenised once; the main picture of each content decoded when a batch wants it."""
+
+    def ids_of(texts: list[str]) -> list[list[int]]:
+        ids: list[list[int]] = [[] for _ in texts]
+        if towers.tokenizer is not None:
+            limit = min(towers.tokenizer.max_tokens, config.text.max_tokens)
+            shown = [row for row, text in enumerate(texts) if text]
+            tokens = towers.tokenizer.ids_of([texts[row] for row in shown], max_tokens=limit)
+            for row, found_ids in zip(shown, tokens, strict=True):
+                ids[row] = list(found_ids)
+        return ids
+
+    def pixels(row: int) -> np.ndarray:
+        assert towers.pixels_of is not None
+        picture = decode(load(found.images[row][0]), max_pixels=config.image.max_pixels)
+        return towers.pixels_of([picture])[0]
+
+    has_image = np.array([bool(pictures) for pictures in found.images])
+    if towers.image is None:
+        has_image[:] = False
+    pad_id = towers.tokenizer.pad_id if towers.tokenizer else 0
+    return RawContents(
+        ids_of(found.texts),
+        has_image,
+        pixels,
+        pad_id,
+        towers.tokenizer.fixed_length if towers.tokenizer else None,
+        [ids_of(texts) for texts in short_texts(found, config)],
+    )
