@@ -99,8 +99,8 @@ def fresh(seed: int, kind: Kind = "concat") -> FeatureEncoder:
 def trained(fold: Fold, scl: dict[str, Any], size: int, *, whole: bool = False) -> dict[str, float]:
     """SCL on the fold's training pairs: last weights, nothing tuned on the test groups.
 
-    `whole` is what `train encoder` does by default with such pairs: a residual fusion, words left out, and
-    whole items held to their neighbours.
+    `whole` is what `train encoder` does by default with such pairs: a residual fusion, and whole items
+    held to their neighbours, some with words left out.
     """
     epochs, lr = BATCHES[size]
     training = EncoderTraining(epochs=epochs, batch_size=size, lr=lr, seed=fold.seed, patience=0)

@@ -135,8 +135,8 @@ def encoder(
 ) -> Any:
     """Pre-train an item encoder on pairs (SCL): contrastive, with a momentum bank and hard negatives.
 
-    Keys of the config: scl, training, fusion, tune (head, last, lora, full), category, extra_vocab, neighbours
-    and word_dropout (both on by themselves where the pairs are pictures and titles), ...
+    Keys of the config: scl, training, fusion, tune (head, last, lora, full), category, extra_vocab, ...
+    neighbours keeps whole items near their likes; it is on where the pairs are pictures and titles.
     """
     from prerank_tools.encoders.pretrain import TrainEncoderConfig
     from prerank_tools.encoders.pretrain_stage import TrainEncoder

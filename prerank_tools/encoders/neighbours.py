@@ -30,6 +30,9 @@ class NeighbourConfig(BaseModel):
     text: float = Field(default=0.4, ge=0)  # weight of the text's own directions beside the picture's
     dims: int = Field(default=128, ge=2)  # principal components of each modality
     nearest: int = Field(default=5, ge=1)  # neighbours of an item that tell which directions do not matter
+    # Share of the words left out in half of the views of a whole item, so that where it lies hangs on no
+    # single word; queries keep theirs.
+    word_dropout: float = Field(default=0.3, ge=0, lt=1)
 
 
 def neighbour_space(text_NT: Tensor, image_NI: Tensor, config: NeighbourConfig) -> Tensor:

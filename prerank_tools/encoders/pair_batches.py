@@ -50,17 +50,9 @@ class PairRows:
 
 
 class Contents(Protocol):
-    """Rows of content as encoder inputs; where `text_B` is False the text is withheld.
+    """Rows of content as encoder inputs; where `text_B` is False the text is withheld."""
 
-    `variant_B` picks among V shortened texts, 0 being the whole one.
-    """
-
-    @property
-    def variants(self) -> int: ...
-
-    def inputs(
-        self, rows_B: np.ndarray, text_B: np.ndarray | None = None, variant_B: np.ndarray | None = None
-    ) -> dict[str, Tensor]: ...
+    def inputs(self, rows_B: np.ndarray, text_B: np.ndarray | None = None) -> dict[str, Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -73,30 +65,27 @@ class FeatureContents:
     has_image_C: Tensor
     short_VCT: Tensor | None = None  # of the texts with words left out
 
-    @property
-    def variants(self) -> int:
-        """How many shortened texts there are of each."""
-        return 0 if self.short_VCT is None else len(self.short_VCT)
-
-    def inputs(
-        self, rows_B: np.ndarray, text_B: np.ndarray | None = None, variant_B: np.ndarray | None = None
-    ) -> dict[str, Tensor]:
+    def inputs(self, rows_B: np.ndarray, text_B: np.ndarray | None = None) -> dict[str, Tensor]:
         """What `FeatureEncoder` takes."""
         rows = torch.from_numpy(rows_B)
-        text_BT = self.text_CT[rows]
-        if variant_B is not None and self.short_VCT is not None:
-            variant = torch.from_numpy(variant_B)
-            short_BT = self.short_VCT[(variant - 1).clamp(min=0), rows]
-            text_BT = torch.where((variant > 0)[:, None], short_BT, text_BT)
         has_text_B = self.has_text_C[rows]
         if text_B is not None:
             has_text_B = has_text_B & torch.from_numpy(text_B)
         return {
-            "text": text_BT,
+            "text": self.text_CT[rows],
             "image": self.image_CI[rows],
             "has_text": has_text_B,
             "has_image": self.has_image_C[rows],
         }
+
+    def whole(self, rows_B: np.ndarray, seed: Sequence[int]) -> dict[str, Tensor]:
+        """Everything there is of these contents, some texts without some of their words (by `seed`)."""
+        found = self.inputs(rows_B)
+        if self.short_VCT is not None:
+            variant_B = torch.from_numpy(draw(rows_B, len(self.short_VCT), seed))
+            short_BT = self.short_VCT[(variant_B - 1).clamp(min=0), torch.from_numpy(rows_B)]
+            found["text"] = torch.where((variant_B > 0)[:, None], short_BT, found["text"])
+        return found
 
 
 class FeatureEncoder(nn.Module):
@@ -121,27 +110,16 @@ class RawContents:
     pixels: Callable[[int], np.ndarray]  # content row -> float32 (C, H, W)
     pad_id: int
     length: int | None = None  # SigLIP's fixed one
-    short_ids: Sequence[Sequence[Sequence[int]]] = ()  # of the texts with words left out
 
-    @property
-    def variants(self) -> int:
-        """How many shortened texts there are of each."""
-        return len(self.short_ids)
-
-    def inputs(
-        self, rows_B: np.ndarray, text_B: np.ndarray | None = None, variant_B: np.ndarray | None = None
-    ) -> dict[str, Tensor]:
+    def inputs(self, rows_B: np.ndarray, text_B: np.ndarray | None = None) -> dict[str, Tensor]:
         """What `ItemEncoder` takes; a modality that no row has is left out."""
-        texts = [self.ids, *self.short_ids]
-        picks = np.zeros(len(rows_B), np.int64) if variant_B is None else variant_B
-        ids = [texts[pick][row] for pick, row in zip(picks, rows_B, strict=True)]
-        shown = np.array([bool(tokens) for tokens in ids])
+        shown = np.array([bool(self.ids[row]) for row in rows_B])
         if text_B is not None:
             shown &= text_B
-        return {**self._tokens(ids, shown), **self._pixels(rows_B)}
+        return {**self._tokens(rows_B, shown), **self._pixels(rows_B)}
 
-    def _tokens(self, ids: Sequence[Sequence[int]], shown_B: np.ndarray) -> dict[str, Tensor]:
-        ids = [tokens if show else [] for tokens, show in zip(ids, shown_B, strict=True)]
+    def _tokens(self, rows_B: np.ndarray, shown_B: np.ndarray) -> dict[str, Tensor]:
+        ids = [self.ids[row] if show else [] for row, show in zip(rows_B, shown_B, strict=True)]
         length = self.length or max(1, *(len(tokens) for tokens in ids), 1)
         ids_BS, mask_BS = fill_batch(
             Tokens.of(ids), Batch(np.arange(len(ids)), length, len(ids)), pad_id=self.pad_id
@@ -191,25 +169,19 @@ class PairBatches:
         pairs = self.pairs
         query_B, item_B, text_B = pairs.query_P[rows_B], pairs.item_P[rows_B], pairs.item_text_P[rows_B]
         found: dict[str, Any] = {
-            "query": self.contents.inputs(query_B, None, self._variant(rows_B, epoch, 1)),
-            "item": self.contents.inputs(item_B, text_B, self._variant(rows_B, epoch, 2)),
+            "query": self.contents.inputs(query_B),
+            "item": self.contents.inputs(item_B, text_B),
             "item_id": torch.from_numpy(pairs.item_id_C[item_B]),
             "group": torch.from_numpy(pairs.group_C[item_B]),
         }
-        if self.space_CE is not None:
-            found["whole"] = self.contents.inputs(item_B, None, self._variant(rows_B, epoch, 3))
+        if self.space_CE is not None and isinstance(self.contents, FeatureContents):
+            found["whole"] = self.contents.whole(item_B, [self.seed, epoch])
             found["space"] = self.space_CE[torch.from_numpy(item_B)]
         if self.with_hard and (len(pairs.hard) or pairs.category_C is not None):
             hard_B, has_B = self._hard(rows_B, epoch)
             found["hard"] = self.contents.inputs(hard_B, text_B)
             found["has_hard"] = torch.from_numpy(has_B)
         return found
-
-    def _variant(self, rows_B: np.ndarray, epoch: int, side: int) -> np.ndarray | None:
-        """Which words are left out this time, a function of (seed, epoch, the batch's first row, side)."""
-        if not self.contents.variants:
-            return None
-        return draw(rows_B, self.contents.variants, [self.seed, epoch, side])
 
     def _hard(self, rows_B: np.ndarray, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """A logged negative where the pair has some, else one of the item's category; else the item."""

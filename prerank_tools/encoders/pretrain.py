@@ -23,7 +23,6 @@ from prerank_tools.encoders.tuning import Tune
 from prerank_tools.training.loop import TrainConfig, TrainResult, train
 
 EVAL_ROWS = 256
-WORD_SHARE = 0.3
 
 
 class EncoderTraining(TrainConfig):
@@ -58,9 +57,6 @@ class TrainEncoderConfig(BaseModel):
     scl: SclConfig = SclConfig()
     training: EncoderTraining = EncoderTraining()
     neighbours: NeighbourConfig = NeighbourConfig()  # with tune = "head"
-    # Share of a text's words left out in half of the draws (ours), so that no single word carries what the
-    # picture shows as well. None: 0.3 where no pair shows an item whole (picture <-> title), else 0.
-    word_dropout: float | None = Field(default=None, ge=0, lt=1)
     fusion: FusionShape = FusionShape()
     tune: Tune = "head"  # what learns besides the fusion: nothing, `last` layers, `lora`, or `full`
     last_layers: int = Field(default=2, ge=1)
@@ -128,13 +124,6 @@ def pretrain(
         log=log,
     )
     return result, evaluate(encoder, contents, split.valid) if held_out else {}
-
-
-def word_share(config: TrainEncoderConfig, pairs: PairRows) -> float:
-    """The share of words to leave out: as configured, else by the pairs."""
-    if config.word_dropout is None:
-        return WORD_SHARE * (not pairs.item_text_P.any())
-    return config.word_dropout
 
 
 def neighbour_weight(config: NeighbourConfig, pairs: PairRows) -> float:

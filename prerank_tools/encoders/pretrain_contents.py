@@ -11,7 +11,7 @@ from prerank_tools.encoders.image import decode
 from prerank_tools.encoders.loading import EmbedConfig, load_image, load_text
 from prerank_tools.encoders.pair_batches import FeatureContents, RawContents
 from prerank_tools.encoders.pair_frames import PairContents
-from prerank_tools.encoders.pretrain import TrainEncoderConfig, word_share
+from prerank_tools.encoders.pretrain import TrainEncoderConfig, neighbour_weight
 from prerank_tools.encoders.tower_folders import Towers
 from prerank_tools.encoders.tuning import tune
 from prerank_tools.encoders.word_dropout import shortened
@@ -45,8 +45,10 @@ def encode_frozen(found: PairContents, ctx: Context, config: TrainEncoderConfig)
 
 def short_texts(found: PairContents, config: TrainEncoderConfig) -> list[list[str]]:
     """The texts with words left out, as often as training wants them; [] where it wants none."""
-    share = word_share(config, found.pairs)
-    return shortened(found.texts, share=share, seed=config.training.seed) if share else []
+    share = config.neighbours.word_dropout
+    if not share or not neighbour_weight(config.neighbours, found.pairs):
+        return []
+    return shortened(found.texts, share=share, seed=config.training.seed)
 
 
 def at_least_one(x_CD: np.ndarray) -> np.ndarray:
@@ -69,15 +71,13 @@ def tune_towers(towers: Towers, config: TrainEncoderConfig) -> None:
 def raw_contents(found: PairContents, towers: Towers, config: TrainEncoderConfig) -> RawContents:
     """Texts tokenised once; the main picture of each content decoded when a batch wants it."""
 
-    def ids_of(texts: list[str]) -> list[list[int]]:
-        ids: list[list[int]] = [[] for _ in texts]
-        if towers.tokenizer is not None:
-            limit = min(towers.tokenizer.max_tokens, config.text.max_tokens)
-            shown = [row for row, text in enumerate(texts) if text]
-            tokens = towers.tokenizer.ids_of([texts[row] for row in shown], max_tokens=limit)
-            for row, found_ids in zip(shown, tokens, strict=True):
-                ids[row] = list(found_ids)
-        return ids
+    ids: list[list[int]] = [[] for _ in found.texts]
+    if towers.tokenizer is not None:
+        limit = min(towers.tokenizer.max_tokens, config.text.max_tokens)
+        shown = [row for row, text in enumerate(found.texts) if text]
+        tokens = towers.tokenizer.ids_of([found.texts[row] for row in shown], max_tokens=limit)
+        for row, found_ids in zip(shown, tokens, strict=True):
+            ids[row] = list(found_ids)
 
     def pixels(row: int) -> np.ndarray:
         assert towers.pixels_of is not None
@@ -89,10 +89,9 @@ def raw_contents(found: PairContents, towers: Towers, config: TrainEncoderConfig
         has_image[:] = False
     pad_id = towers.tokenizer.pad_id if towers.tokenizer else 0
     return RawContents(
-        ids_of(found.texts),
+        ids,
         has_image,
         pixels,
         pad_id,
         towers.tokenizer.fixed_length if towers.tokenizer else None,
-        [ids_of(texts) for texts in short_texts(found, config)],
     )

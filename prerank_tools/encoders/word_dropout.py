@@ -1,4 +1,4 @@
-"""Texts with words left out: what an encoder is shown so that it relies on no single word (ours)."""
+"""Texts with words left out: what an encoder is shown so that it relies on no single one (ours)."""
 
 # C contents, V variants of a text, B rows of one batch
 

@@ -16,7 +16,6 @@ from prerank_tools.encoders.pair_batches import (
     FeatureEncoder,
     PairBatches,
     PairRows,
-    RawContents,
 )
 from prerank_tools.encoders.pretrain import (
     EncoderTraining,
@@ -25,7 +24,6 @@ from prerank_tools.encoders.pretrain import (
     neighbour_weight,
     pretrain,
     space_of,
-    word_share,
 )
 from tests.encoders.test_neighbours import catalogue, same_kind
 
@@ -84,13 +82,10 @@ def test_held_to_its_neighbours_the_fused_vector_beats_the_better_modality(tmp_p
     assert both > without + 0.05
 
 
-def test_by_default_only_pairs_that_show_no_item_whole_get_the_term_and_shorter_texts() -> None:
-    config = TrainEncoderConfig()
-    for shows_text, expected in ((False, (1.0, 0.3)), (True, (0.0, 0.0))):
-        pairs = pairs_of(4, shows_text=shows_text)
-        assert (neighbour_weight(config.neighbours, pairs), word_share(config, pairs)) == expected
-    asked = TrainEncoderConfig(neighbours={"weight": 0.5}, word_dropout=0.1)  # type: ignore[arg-type]
-    assert (neighbour_weight(asked.neighbours, pairs), word_share(asked, pairs)) == (0.5, 0.1)
+def test_by_default_only_pairs_that_show_no_item_whole_get_the_term() -> None:
+    for shows_text, expected in ((False, 1.0), (True, 0.0)):
+        assert neighbour_weight(NeighbourConfig(), pairs_of(4, shows_text=shows_text)) == expected
+        assert neighbour_weight(NeighbourConfig(weight=0.5), pairs_of(4, shows_text=shows_text)) == 0.5
 
 
 def test_only_whole_items_of_the_training_pairs_have_a_place() -> None:
@@ -114,19 +109,19 @@ def test_a_batch_shows_whole_items_beside_the_halves() -> None:
     assert batch["space"].tolist() == [[10.0, 11.0], [4.0, 5.0]]
 
 
-def test_a_variant_of_the_text_is_shown_where_it_is_asked_for() -> None:
-    text_CT = torch.arange(6.0).reshape(3, 2)
-    there = torch.ones(3, dtype=torch.bool)
-    contents = FeatureContents(text_CT, text_CT, there, there, torch.stack([text_CT + 10, text_CT + 20]))
-    rows, variant = np.array([2, 0, 1]), np.array([0, 2, 1])
-    assert contents.inputs(rows, None, variant)["text"].tolist() == [[4, 5], [20, 21], [12, 13]]
-    assert contents.inputs(rows)["text"].tolist() == [[4, 5], [0, 1], [2, 3]]
-
-
-def test_token_ids_have_variants_too() -> None:
-    contents = RawContents(
-        [[1, 2, 3], [4]], np.zeros(2, dtype=bool), lambda row: np.zeros(1), 0, None, [[[1, 3], [4]]]
+def test_half_of_the_whole_views_lack_words_and_the_queries_never_do() -> None:
+    text_CT = torch.arange(600.0)[:, None]
+    there = torch.ones(600, dtype=torch.bool)
+    short = torch.stack([text_CT + 1000, text_CT + 2000])
+    contents = FeatureContents(text_CT, text_CT, there, there, short)
+    pairs = PairRows(
+        np.arange(300, 600), np.arange(300), np.zeros(300, bool), np.arange(600), np.full(600, -1)
     )
-    assert contents.variants == 1
-    found = contents.inputs(np.array([0, 0, 1]), None, np.array([0, 1, 1]))
-    assert found["input_ids"].tolist() == [[1, 2, 3], [1, 3, 0], [4, 0, 0]]
+    batches = PairBatches(pairs, contents, 300, space_CE=torch.ones(600, 2))
+    one, again, later = (batches.batch(np.arange(300), epoch) for epoch in (0, 0, 1))
+    shown = one["whole"]["text"][:, 0]
+    assert (shown % 1000).tolist() == list(range(300))
+    assert set((shown // 1000).tolist()) == {0, 1, 2} and 100 < (shown < 1000).sum() < 200
+    assert torch.equal(shown, again["whole"]["text"][:, 0])
+    assert not torch.equal(shown, later["whole"]["text"][:, 0])
+    assert one["query"]["text"][:, 0].tolist() == list(range(300, 600))
