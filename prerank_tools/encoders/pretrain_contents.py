@@ -5,12 +5,11 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from prerank_tools.encoders.content_frames import load
 from prerank_tools.encoders.encode import Encoder
-from prerank_tools.encoders.image import decode
 from prerank_tools.encoders.loading import EmbedConfig, load_image, load_text
 from prerank_tools.encoders.pair_batches import FeatureContents, RawContents
 from prerank_tools.encoders.pair_frames import PairContents
+from prerank_tools.encoders.pictures import decode, load
 from prerank_tools.encoders.pretrain import TrainEncoderConfig, neighbour_weight
 from prerank_tools.encoders.tower_folders import Towers
 from prerank_tools.encoders.tuning import tune
@@ -70,7 +69,6 @@ def tune_towers(towers: Towers, config: TrainEncoderConfig) -> None:
 
 def raw_contents(found: PairContents, towers: Towers, config: TrainEncoderConfig) -> RawContents:
     """Texts tokenised once; the main picture of each content decoded when a batch wants it."""
-
     ids: list[list[int]] = [[] for _ in found.texts]
     if towers.tokenizer is not None:
         limit = min(towers.tokenizer.max_tokens, config.text.max_tokens)

@@ -20,7 +20,6 @@ from prerank_tools.encoders.loading import fingerprint_of
 from prerank_tools.encoders.model_folder import kind_of, model_digest
 from prerank_tools.encoders.pair_batches import Contents, FeatureEncoder
 from prerank_tools.encoders.pair_frames import PairContents, read_pairs
-from prerank_tools.encoders.pictures import decode
 from prerank_tools.encoders.pretrain import TrainEncoderConfig, pretrain, split_by_group
 from prerank_tools.encoders.pretrain_contents import encode_frozen, raw_contents, tune_towers
 from prerank_tools.encoders.saved_models import ItemEncoderConfig, load_item_encoder, save_item_encoder
