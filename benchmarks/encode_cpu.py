@@ -22,6 +22,7 @@ import faiss
 import numpy as np
 import polars as pl
 import torch
+from codes import residual_codes
 from peers import sentence_transformers_encode
 
 from prerank_tools.encoders.loading import EmbedConfig
@@ -76,18 +77,6 @@ def vectors(path: Path) -> np.ndarray:
 
 def unit(x_ND: np.ndarray) -> np.ndarray:
     return x_ND / np.linalg.norm(x_ND, axis=1, keepdims=True)
-
-
-def residual_codes(x_ND: np.ndarray, y_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Codes of both under codebooks of 3 x 256 fitted on x."""
-    codes_x, codes_y, rest_x, rest_y = [], [], x_ND.copy(), y_ND.copy()
-    for level in range(3):
-        kmeans = faiss.Kmeans(x_ND.shape[1], 256, niter=20, seed=level)
-        kmeans.train(rest_x)
-        for rest, codes in ((rest_x, codes_x), (rest_y, codes_y)):
-            codes.append(kmeans.index.search(rest, 1)[1][:, 0])
-            rest -= kmeans.centroids[codes[-1]]
-    return np.stack(codes_x, 1), np.stack(codes_y, 1)
 
 
 def report(spent: Times, rows: int, notes: Sequence[str]) -> str:

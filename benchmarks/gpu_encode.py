@@ -1,451 +1,383 @@
-"""Encoders on one GPU: BERT-base-size text, ViT-B/16-size vision, beside the GEMM ceiling of the run.
+"""Encoders on one GPU: BERT-base-size text, ViT-B/16-size vision, beside the GEMM ceiling of the same run.
 
-    python3 benchmarks/gpu_encode.py --out $OUT/encode_gpu.md
+    python3 benchmarks/gpu_encode.py forward --out forward.json    # checks, then rates on data in GPU memory
+    python3 benchmarks/gpu_encode.py text --out text.json          # `embed items`, Parquet to Parquet
+    python3 benchmarks/gpu_encode.py images --out images.json
+    python3 benchmarks/gpu_encode.py codes --model MINILM --items ITEMS.parquet --out codes.json
+    python3 benchmarks/gpu_encode.py report *.json --out benchmarks/results/encode_gpu.md
 
-Weights are random, drawn from the architectures' own initialisation: speed does not depend on them. First
-the encoders are checked against plain fp32 forwards, then timed on tokens and pixels that already lie on the
-GPU, then end to end from Parquet to Parquet. FLOPs count visible tokens only, two per multiply-add.
+Weights are random, drawn from the architectures' own initialisation: speed does not depend on them. FLOPs
+count visible tokens only, two per multiply-add. Imports stand inside functions: the processes that decode
+import this file as well.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
-import platform
+import json
+import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-import torch
-import torch.multiprocessing as mp
-import transformers
-from PIL import Image
-from tokenizers import Tokenizer as FastTokenizer
-from tokenizers import models, normalizers, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, ViTConfig, ViTModel
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+if TYPE_CHECKING:
+    import numpy as np
+    from gpu_encode_models import Size
 
-from prerank_tools.encoders.batches import Tokens, cut_batches, fill_batch
-from prerank_tools.encoders.image import ImageEncoder, ImageTower
-from prerank_tools.encoders.text import TextEncoder, TextTower, Tokenizer
+    from prerank_tools.encoders.image import ImageEncoder
+    from prerank_tools.encoders.text import TextEncoder
 
-VOCABULARY = 30_522
-SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-
-
-@dataclass(frozen=True)
-class Size:
-    """What is built and how much is measured."""
-
-    hidden: int = 768
-    layers: int = 12
-    heads: int = 12
-    pixels: int = 224
-    titles: int = 524_288
-    shard: int = 65_536
-    images: int = 4_096
-    jpegs: int = 4_096
-    repeats: int = 5
-    gemm: int = 8192
-
-
-SMALL = Size(64, 2, 4, 64, 2_048, 512, 64, 64, 2, 512)
-
-
-def build_text(
-    size: Size, device: str, *, precision: str, compiled: bool = False, budget: int = 4096
-) -> TextEncoder:
-    """A BERT of the given size behind the library's own encoder."""
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=size.hidden,
-        num_hidden_layers=size.layers,
-        num_attention_heads=size.heads,
-        intermediate_size=4 * size.hidden,
-    )
-    tower = TextTower(BertModel(config, add_pooling_layer=False), "mean", dim=size.hidden)
-    tokenizer = Tokenizer(word_pieces(), pad_id=0, max_tokens=512)
-    return TextEncoder(
-        tower, tokenizer, token_budget=budget, precision=precision, compiled=compiled, device=device
-    )
-
-
-def word_pieces() -> Callable[..., list[list[int]]]:
-    """A WordPiece tokeniser with BERT's normaliser over a made-up vocabulary of BERT's size."""
-    words = [*SPECIAL, *(f"w{n}" for n in range(VOCABULARY - len(SPECIAL)))]
-    inner = FastTokenizer(models.WordPiece({word: n for n, word in enumerate(words)}, unk_token="[UNK]"))
-    inner.normalizer = normalizers.BertNormalizer()
-    inner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    inner.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-
-    def ids_of(texts: list[str], *, max_tokens: int) -> list[list[int]]:
-        inner.enable_truncation(max_tokens)
-        return [encoding.ids for encoding in inner.encode_batch_fast(list(texts))]
-
-    return ids_of
-
-
-def titles_like(count: int) -> list[str]:
-    """Titles of 3 to 40 words, 12 tokens on average with [CLS] and [SEP]: a long tail, as in catalogues."""
-    rng = np.random.default_rng(0)
-    words_N = np.clip(np.rint(rng.gamma(6.0, 10 / 6.0, count)), 3, 40).astype(int)
-    drawn = rng.integers(0, VOCABULARY - len(SPECIAL), words_N.sum())
-    ends = np.cumsum(words_N)
-    return [" ".join(f"w{w}" for w in drawn[end - n : end]) for n, end in zip(words_N, ends, strict=True)]
-
-
-def build_vision(
-    size: Size, device: str, *, precision: str, compiled: bool = False, batch: int = 32
-) -> ImageEncoder:
-    """A ViT with 16 x 16 patches behind the library's own encoder."""
-    torch.manual_seed(0)
-    config = ViTConfig(
-        hidden_size=size.hidden,
-        num_hidden_layers=size.layers,
-        num_attention_heads=size.heads,
-        intermediate_size=4 * size.hidden,
-        image_size=size.pixels,
-        patch_size=16,
-    )
-    tower = ImageTower(ViTModel(config, add_pooling_layer=False), "cls", dim=size.hidden)
-
-    def pixels_of(pictures: list[Image.Image]) -> np.ndarray:
-        small = [picture.resize((size.pixels, size.pixels), Image.Resampling.BICUBIC) for picture in pictures]
-        return np.stack([np.asarray(p, np.float32).transpose(2, 0, 1) / 127.5 - 1 for p in small])
-
-    return ImageEncoder(
-        tower, pixels_of, batch=batch, precision=precision, compiled=compiled, device=device, threads=16
-    )
-
-
-def transformer_flops(size: Size, lengths_N: np.ndarray) -> float:
-    """Products of all layers: 24 S H^2 for the weights and 4 S^2 H for attention, a layer and a sequence."""
-    s = lengths_N.astype(np.float64)
-    return float(size.layers * (24 * s * size.hidden**2 + 4 * s**2 * size.hidden).sum())
+Row = dict[str, Any]
 
 
 def seconds(work: Callable[[], object], repeats: int) -> float:
     """Median wall time of `work` with the device idle before and after."""
+    import torch
+
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     times = []
     for _ in range(repeats):
-        synchronize()
+        wait()
         start = time.perf_counter()
         work()
-        synchronize()
+        wait()
         times.append(time.perf_counter() - start)
     return statistics.median(times)
 
 
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 def gemm_ceiling(device: str, size: Size) -> float:
     """TFLOP/s of one large bf16 product on random data."""
+    import torch
+
     n = size.gemm
     a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
     for _ in range(3):
         a @ b
+    return 10 * 2 * n**3 / seconds(lambda: [a @ b for _ in range(10)], 5) / 1e12
 
-    def ten() -> None:
-        for _ in range(10):
-            a @ b
 
-    return 10 * 2 * n**3 / seconds(ten, 3) / 1e12
+def load(kind: str, folder: Path, device: str, **config: object) -> Any:
+    """The library's own encoder of a model folder."""
+    from prerank_tools.encoders.loading import EmbedConfig, load_image, load_text
+
+    if kind == "text":
+        return load_text(folder, EmbedConfig(**config), device=device)
+    return load_image(folder, EmbedConfig(**config), device=device, threads=4)
 
 
 # Checks
 
 
-@torch.inference_mode()
-def check_text(size: Size, device: str, budget: int) -> str:
-    """fp32 against single unpadded forwards; compiled bf16 against fp32."""
-    titles = titles_like(2_048 if size is not SMALL else 64)
-    exact = build_text(size, device, precision="fp32")
-    x_NT = exact.encode(titles)
-    ids = exact.tokenizer.ids_of(titles[:16], max_tokens=512)
-    plain = [exact.tower.model(input_ids=torch.tensor([i], device=device)).last_hidden_state for i in ids]
-    y_NT = torch.stack([torch.nn.functional.normalize(h[0].mean(0), dim=0) for h in plain]).cpu().numpy()
-    worst = float(np.abs(x_NT[:16] - y_NT).max())
-    low = build_text(size, device, precision="bf16", compiled=device == "cuda", budget=budget).encode(titles)
-    cosine_N = (low * x_NT).sum(1)
+def check(kind: str, folder: Path, size: Size, device: str) -> list[str]:
+    """fp32 against plain transformers forwards, then bf16 eager and compiled against fp32."""
+    inputs = sample_of(kind, size)
+    exact = vectors(load(kind, folder, device, precision="fp32"), inputs)
+    truth = plain_vectors(kind, folder, inputs[:16], device)
+    worst = float(abs(exact[:16] - truth).max())
     assert worst < 1e-4, worst
-    assert cosine_N.mean() > 0.999, cosine_N.mean()
-    return (
-        f"text: fp32 against one-by-one forwards: largest difference {worst:.1e}; "
-        f"bf16 against fp32: cosine mean {cosine_N.mean():.6f}, min {cosine_N.min():.6f}"
-    )
+    notes = [f"{kind}: fp32 against plain transformers, one at a time: largest difference {worst:.1e}"]
+    for compiled in (False, True):
+        low = vectors(load(kind, folder, device, precision="bf16", compile=compiled), inputs)
+        cosine = (low * exact).sum(1)
+        assert cosine.mean() > 0.999, cosine.mean()
+        name = "compiled" if compiled else "eager"
+        spread = f"cosine mean {cosine.mean():.6f}, min {cosine.min():.6f}"
+        notes.append(f"{kind}: bf16 {name} against fp32: {spread}")
+    return notes
 
 
-@torch.inference_mode()
-def check_vision(size: Size, device: str) -> str:
-    """The same for images, on random pixels."""
-    pixels = torch.randn(32, 3, size.pixels, size.pixels, generator=torch.Generator().manual_seed(1))
-    exact = build_vision(size, device, precision="fp32")
-    x_NI = exact.forward(pixels)
-    plain = exact.tower.model(pixel_values=pixels[:4].to(device)).last_hidden_state[:, 0]
-    worst = float((x_NI[:4] - torch.nn.functional.normalize(plain, dim=-1)).abs().max())
-    low = build_vision(size, device, precision="bf16", compiled=device == "cuda").forward(pixels)
-    cosine_N = (low * x_NI).sum(1)
-    assert worst < 1e-4, worst
-    assert cosine_N.mean() > 0.999, cosine_N.mean()
-    return (
-        f"vision: fp32 against a plain forward: largest difference {worst:.1e}; "
-        f"bf16 against fp32: cosine mean {cosine_N.mean():.6f}, min {cosine_N.min():.6f}"
-    )
+def sample_of(kind: str, size: Size) -> list[Any]:
+    from gpu_encode_models import jpegs_like, titles_like
+
+    return titles_like(min(4_096, size.titles)) if kind == "text" else jpegs_like(256)
 
 
-# Timings on data in GPU memory
+def vectors(encoder: TextEncoder | ImageEncoder, inputs: list[Any]) -> np.ndarray:
+    found = encoder.encode(inputs)
+    return found[0] if isinstance(found, tuple) else found
 
 
-@torch.inference_mode()
-def time_text(size: Size, device: str) -> list[dict[str, object]]:
-    """Titles/s by batch shape, compiler and token budget."""
-    base = build_text(size, device, precision="bf16")
-    tokens = Tokens.of(base.tokenizer.ids_of(titles_like(size.titles), max_tokens=512))
-    work = transformer_flops(size, tokens.lengths_N)
-    rows = []
-    for name, shape, compiled, budget in (
-        ("sorted, padded, eager", "sorted", False, 32_768),
-        ("uniform lengths, eager", "uniform", False, 32_768),
-        ("uniform lengths, compiled", "uniform", True, 32_768),
-        ("uniform lengths, compiled", "uniform", True, 131_072),
-        ("exact batches, compiled", "exact", True, 32_768),
-    ):
-        encoder = build_text(size, device, precision="bf16", compiled=compiled and device == "cuda")
-        batches = []
-        for start in range(0, size.titles, size.shard):  # windows as the encoder cuts them
-            window = tokens.lengths_N[start : start + size.shard]
-            for batch in cut_batches(window, budget=budget, shape=shape):
-                moved = replace(batch, rows=batch.rows + start)
-                ids, mask = (torch.from_numpy(x).to(device) for x in fill_batch(tokens, moved, pad_id=0))
-                batches.append((ids, None if shape == "uniform" else mask))
+def plain_vectors(kind: str, folder: Path, inputs: Sequence[Any], device: str) -> np.ndarray:
+    """The oracle: no batch, no padding, Pillow and transformers alone."""
+    import io
 
-        def all_batches(encoder: TextEncoder = encoder, batches: list = batches) -> None:
-            for ids, mask in batches:
-                encoder.forward(ids, mask)
+    import torch
+    from PIL import Image
+    from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
-        all_batches()  # compiles
-        spent = seconds(all_batches, size.repeats)
-        rows.append(
-            {
-                "what": f"titles, {name}, {budget} tokens a batch",
-                "rate": size.titles / spent,
-                "tflops": work / spent / 1e12,
-            }
-        )
-        say(rows[-1])
-    return rows
+    model = AutoModel.from_pretrained(folder).eval().to(device)
+    parts = []
+    with torch.inference_mode():
+        for one in inputs:
+            if kind == "text":
+                ids = AutoTokenizer.from_pretrained(folder)(one, return_tensors="pt")["input_ids"]
+                parts.append(model(input_ids=ids.to(device)).last_hidden_state[0].mean(0))
+            else:
+                processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+                pixels = processor(images=[Image.open(io.BytesIO(one))], return_tensors="pt")["pixel_values"]
+                parts.append(model(pixel_values=pixels.to(device)).last_hidden_state[0, 0])
+        return torch.nn.functional.normalize(torch.stack(parts), dim=-1).cpu().numpy()
 
 
-@torch.inference_mode()
-def time_vision(size: Size, device: str) -> list[dict[str, object]]:
-    """Images/s by compiler and batch."""
-    patches = (size.pixels // 16) ** 2
-    work = transformer_flops(size, np.array([patches + 1])) + 2 * patches * 768 * size.hidden
-    rows = []
-    for compiled, batch in ((False, 256), (True, 256), (True, 512)):
-        encoder = build_vision(size, device, precision="bf16", compiled=compiled and device == "cuda")
-        pixels = torch.randn(batch, 3, size.pixels, size.pixels, device=device, dtype=encoder.dtype)
-        rounds = max(1, size.images // batch)
+# Rates on data in GPU memory
 
-        def all_batches(
-            encoder: ImageEncoder = encoder, pixels: torch.Tensor = pixels, n: int = rounds
-        ) -> None:
-            for _ in range(n):
-                encoder.forward(pixels)
 
-        all_batches()
-        spent = seconds(all_batches, size.repeats)
-        rows.append(
-            {
-                "what": f"images, {'compiled' if compiled else 'eager'}, {batch} a batch",
-                "rate": rounds * batch / spent,
-                "tflops": work * rounds * batch / spent / 1e12,
-            }
-        )
-        say(rows[-1])
-    return rows
+def forward_text(folder: Path, size: Size, device: str, **config: object) -> tuple[float, float]:
+    """Titles/s and TFLOP/s of the forward passes over one shard of tokens, cut as the encoder cuts them."""
+    import torch
+    from gpu_encode_models import titles_like, transformer_flops
+
+    from prerank_tools.encoders.batches import cut_batches
+
+    encoder = load("text", folder, device, precision="bf16", **config)
+    tokens = encoder._tokens(titles_like(size.titles))
+    cuts = cut_batches(tokens.lengths_N, budget=encoder.budget, shape=encoder.shape)
+    pairs = [encoder._tensors(tokens, cut) for cut in cuts]
+    batches = [(ids.to(device), None if mask is None else mask.to(device)) for ids, mask in pairs]
+
+    def whole() -> None:
+        for ids, mask in batches:
+            encoder.forward(ids, mask)
+
+    whole()  # compiles
+    with torch.inference_mode():
+        spent = seconds(whole, size.repeats)
+    return size.titles / spent, transformer_flops(size, tokens.lengths_N) / spent / 1e12
+
+
+def forward_images(folder: Path, size: Size, device: str, **config: object) -> tuple[float, float]:
+    """Images/s and TFLOP/s of the forward pass, from the bytes of cut pictures on."""
+    import torch
+    from gpu_encode_models import image_flops
+
+    encoder = load("images", folder, device, precision="bf16", **config)
+    shape = (encoder.batch, size.pixels, size.pixels, 3)
+    pixels = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
+    rounds = 16
+    encoder.forward(pixels)
+    spent = seconds(lambda: [encoder.forward(pixels) for _ in range(rounds)], size.repeats)
+    images = rounds * encoder.batch
+    return images / spent, image_flops(size) * images / spent / 1e12
+
+
+FORWARD = {"text": forward_text, "images": forward_images}
+UNIT = {"text": "titles", "images": "images"}
+
+
+def run_forward(size: Size, device: str, folder: Path) -> dict[str, Any]:
+    """Checks, the ceiling, then every variant."""
+    found: dict[str, Any] = {"rows": [], "notes": []}
+    made = {kind: model_of(kind, size, folder) for kind in FORWARD}
+    for kind, model in made.items():
+        found["notes"] += check(kind, model, size, device)
+        print(*found["notes"][-3:], sep="\n", flush=True)
+    found["ceiling"] = gemm_ceiling(device, size)
+    variants: Row = {"eager": {}, "compiled": {"compile": True}}
+    for kind, model in made.items():
+        for name, config in {**variants, **({"exact_batches": {"exact_batches": True}})}.items():
+            rate, tflops = FORWARD[kind](model, size, device, **config)
+            row = {"what": f"{UNIT[kind]}, forward, {name}", "rate": rate, "tflops": tflops}
+            found["rows"].append(say(row))
+    return found
+
+
+def model_of(kind: str, size: Size, folder: Path) -> Path:
+    from gpu_encode_models import image_folder, text_folder
+
+    return (text_folder if kind == "text" else image_folder)(size, folder / f"model-{kind}")
 
 
 # End to end, Parquet to Parquet
 
 
-def write_titles(size: Size, folder: Path) -> None:
-    titles = titles_like(size.titles)
-    for start in range(0, size.titles, size.shard):
-        ids = list(range(start, start + size.shard))
-        table = pa.table({"item_id": ids, "title": titles[start : start + size.shard]})
-        pq.write_table(table, folder / f"part-{start // size.shard:05d}.parquet")
+def run_end_to_end(
+    kind: str, size: Size, device: str, folder: Path, plans: Sequence[tuple[int, int]]
+) -> dict[str, Any]:
+    """`embed items` at several (workers, threads), against the rate in memory of the same call."""
+    from gpu_encode_models import jpegs_like, titles_like, write_table
 
-
-def write_jpegs(size: Size, folder: Path) -> None:
-    """Smooth random pictures of 256 x 256: about 10 kB each, as product thumbnails are."""
-    rng = np.random.default_rng(0)
-    data = []
-    for _ in range(256):
-        coarse = Image.fromarray(rng.integers(0, 255, (24, 24, 3), dtype=np.uint8))
-        buffer = io.BytesIO()
-        coarse.resize((256, 256), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
-        data.append(buffer.getvalue())
-    images = [data[n % 256] for n in range(size.jpegs)]
-    for part in range(4):
-        mine = list(range(part, size.jpegs, 4))
-        table = pa.table({"item_id": mine, "image": [images[n] for n in mine]})
-        pq.write_table(table, folder / f"part-{part:05d}.parquet")
-
-
-def embed_part(encoder: TextEncoder | ImageEncoder, part: Path, to: Path) -> None:
-    """Read, encode, write one shard as fp16 vectors."""
-    table = pq.read_table(part)
-    if "title" in table.column_names:
-        x_ND = encoder.encode(table["title"].to_pylist())
-    else:
-        x_ND, _ = encoder.encode(table["image"].to_pylist())
-    flat = pa.array(x_ND.astype(np.float16).reshape(-1))
-    vectors = pa.FixedSizeListArray.from_arrays(flat, x_ND.shape[1])
-    pq.write_table(
-        pa.table({"item_id": table["item_id"], "embedding": vectors}),
-        to / part.name,
-        compression="none",
-        use_dictionary=False,
-    )
-
-
-def worker(
-    kind: str, size: Size, device: str, folder: Path, rank: int, world: int, ready: object, go: object
-) -> None:
-    """One process of `--workers N`: every N-th shard."""
-    torch.set_num_threads(4)
-    compiled = device == "cuda"
+    model = model_of(kind, size, folder)
+    memory, tflops = FORWARD[kind](model, size, device, compile=True)
+    row = {"what": f"{UNIT[kind]}, forward, compiled", "rate": memory, "tflops": tflops}
+    found: dict[str, Any] = {"rows": [say(row)], "notes": [], "ceiling": gemm_ceiling(device, size)}
     if kind == "text":
-        encoder: TextEncoder | ImageEncoder = build_text(
-            size, device, precision="bf16", compiled=compiled, budget=8_192
-        )
+        items = write_table(folder / "items", "title", titles_like(size.titles), size.text_shards)
     else:
-        encoder = build_vision(size, device, precision="bf16", compiled=compiled)
-    parts = sorted((folder / kind).glob("*.parquet"))
-    embed_part(encoder, parts[rank % len(parts)], folder / f"{kind}-out")  # compiles
-    synchronize()
-    ready.release()
-    go.wait()
-    for part in parts[rank::world]:
-        embed_part(encoder, part, folder / f"{kind}-out")
-    synchronize()
+        items = write_table(folder / "items", "image", jpegs_like(size.jpegs), size.image_shards)
+    for workers, threads in plans:
+        rate, whole = embed(kind, items, model, device, folder / f"out-{workers}", workers, threads)
+        name = f"{UNIT[kind]}, Parquet to Parquet, --workers {workers} --threads {threads}"
+        found["rows"].append(say({"what": name, "rate": rate, "share": rate / memory, "whole": whole}))
+    return found
 
 
-def end_to_end(kind: str, size: Size, device: str, folder: Path, world: int) -> float:
-    """Rows/s from the moment when all processes hold a warm model to the last written file."""
-    context = mp.get_context("spawn")
-    ready, go = context.Semaphore(0), context.Event()
-    processes = [
-        context.Process(target=worker, args=(kind, size, device, folder, rank, world, ready, go))
-        for rank in range(world)
-    ]
-    for process in processes:
-        process.start()
-    for _ in processes:
-        while not ready.acquire(timeout=5):
-            assert all(p.is_alive() for p in processes), "a worker died"
+def embed(
+    kind: str, items: Path, model: Path, device: str, out: Path, workers: int, threads: int
+) -> tuple[float, float]:
+    """Rows/s while all workers are busy with a warm model, and seconds of the whole job, loading included."""
+    from prerank_tools.encoders.loading import EmbedConfig
+    from prerank_tools.encoders.stage import EmbedItems
+    from prerank_tools.run.job import RunOptions, run
+
+    done: list[tuple[float, int]] = []
+
+    def progress(count: int, total: int, record: Any) -> None:
+        if record:
+            done.append((time.perf_counter(), record["rows"]))
+
+    config = EmbedConfig(precision="bf16", compile=device == "cuda")
+    named = {"model": str(model)} if kind == "text" else {"image_model": str(model), "modalities": "image"}
     start = time.perf_counter()
-    go.set()
-    for process in processes:
-        process.join()
-    spent = time.perf_counter() - start
-    assert all(process.exitcode == 0 for process in processes)
-    return (size.titles if kind == "text" else size.jpegs) / spent
-
-
-def time_end_to_end(kind: str, size: Size, device: str, memory: float) -> list[dict[str, object]]:
-    """Each number of workers, and its share of the best rate on data in memory."""
-    rows = []
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as name:
-        folder = Path(name)
-        (folder / kind).mkdir()
-        (folder / f"{kind}-out").mkdir()
-        (write_titles if kind == "text" else write_jpegs)(size, folder / kind)
-        for world in (1, 2, 4) if kind == "text" else (1, 4):
-            rate = end_to_end(kind, size, device, folder, world)
-            unit = "titles" if kind == "text" else "JPEGs of 256 x 256"
-            rows.append(
-                {
-                    "what": f"{unit}, Parquet to Parquet, --workers {world}",
-                    "rate": rate,
-                    "share": rate / memory,
-                }
-            )
-            say(rows[-1])
-    return rows
-
-
-def say(row: dict[str, object]) -> None:
-    print(
-        " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True
+    run(
+        EmbedItems(items, dtype="fp16", config=config, **named),  # type: ignore[arg-type]
+        out,
+        RunOptions(workers=workers, threads=threads, device=device, overwrite=True, progress=progress),
     )
+    whole = time.perf_counter() - start
+    ends = min(workers, (len(done) - 1) // 2)  # shards at either end, where some worker may be idle
+    (began, _), *warm = done[ends - 1 : len(done) - ends + 1] if ends > 1 else done
+    return sum(rows for _, rows in warm) / (warm[-1][0] - began), whole
 
 
-def report(rows: list[dict[str, object]], ceiling: float, checks: list[str], device: str) -> str:
+# Semantic IDs: CPU against GPU, fp32 against bf16
+
+
+def run_codes(model: Path, items: Path, device: str, count: int) -> dict[str, Any]:
+    """Codes of real titles under codebooks fitted on the CPU's fp32 vectors."""
+    import polars as pl
+    from codes import residual_codes
+
+    titles = pl.read_parquet(items)["title"].drop_nulls().unique(maintain_order=True).head(count).to_list()
+    combos = [("cpu", "fp32"), ("cpu", "bf16"), (device, "fp32"), (device, "bf16")]
+    x = {combo: load("text", model, combo[0], precision=combo[1]).encode(titles) for combo in combos}
+    truth = x[combos[0]]
+    found: dict[str, Any] = {"codes": [], "notes": [], "titles": len(titles)}
+    for combo in combos[1:]:
+        codes, other = residual_codes(truth, x[combo])
+        same, cosine = codes == other, (truth * x[combo]).sum(1)
+        row = {
+            "what": f"{combo[0]} {combo[1]}",
+            "full": float(same.all(1).mean()),
+            "first": float(same[:, 0].mean()),
+            "mean": float(cosine.mean()),
+            "min": float(cosine.min()),
+            "largest": float(abs(truth - x[combo]).max()),
+        }
+        found["codes"].append(say(row))
+    return found
+
+
+# The page
+
+
+def say(row: Row) -> Row:
+    print(
+        " ".join(f"{k}={v:.6g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True
+    )
+    return row
+
+
+def where(device: str) -> Row:
+    """The card, the processor and the versions."""
+    import torch
+    import transformers
+    from PIL import Image
+
+    from prerank_tools.run.manifest import cpu_model
+
+    return {
+        "card": torch.cuda.get_device_name() if device == "cuda" else "no GPU",
+        "cpu": f"{cpu_model()}, {len(os.sched_getaffinity(0))} cores",
+        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}, "
+        f"Pillow {Image.__version__}",
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def report(parts: Sequence[dict[str, Any]]) -> str:
     """The Markdown page."""
-    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor()
+    lines = ["# Encoders on one GPU", ""]
+    for part in parts:
+        at = part["where"]
+        lines += [
+            f"## {part['name']}",
+            "",
+            f"`python3 benchmarks/gpu_encode.py {part['name']}` on {at['card']}; {at['cpu']}; "
+            f"{at['versions']}; {at['date']}, seed 0.",
+            "",
+        ]
+        lines += [*(f"- {note}" for note in part["notes"]), *([""] if part["notes"] else [])]
+        lines += codes_table(part) if "codes" in part else rates_table(part)
+    return "\n".join(lines) + "\n"
+
+
+def rates_table(part: dict[str, Any]) -> list[str]:
+    ceiling = part["ceiling"]
     lines = [
-        "# Encoders on one GPU",
-        "",
-        f"`python3 benchmarks/gpu_encode.py` on {name}, torch {torch.__version__}, transformers "
-        f"{transformers.__version__}, {time.strftime('%Y-%m-%d')}, seed 0.",
-        "",
         f"bf16 GEMM ceiling of the same run (8192^3, random data): {ceiling:.0f} TFLOP/s.",
         "",
-        *(f"- {check}" for check in checks),
-        "",
-        "| what | rows/s | TFLOP/s | of the ceiling | of the rate in memory |",
-        "|---|---|---|---|---|",
+        "| what | rows/s | TFLOP/s | of the ceiling | of the rate in memory | whole job, s |",
+        "|---|---|---|---|---|---|",
     ]
-    for row in rows:
+    for row in part["rows"]:
         tflops, share = row.get("tflops"), row.get("share")
-        speed = ["", ""] if tflops is None else [f"{tflops:.0f}", f"{tflops / ceiling:.0%}"]
-        part = "" if share is None else f"{share:.2f}"
-        lines.append(f"| {row['what']} | {row['rate']:,.0f} | {speed[0]} | {speed[1]} | {part} |")
-    return "\n".join(lines) + "\n"
+        speed = " | " if tflops is None else f"{tflops:.0f} | {tflops / ceiling:.1%}"
+        rest = " | " if share is None else f"{share:.2f} | {row['whole']:.0f}"
+        lines.append(f"| {row['what']} | {row['rate']:,.0f} | {speed} | {rest} |")
+    return [*lines, ""]
+
+
+def codes_table(part: dict[str, Any]) -> list[str]:
+    lines = [
+        f"{part['titles']:,} real titles; residual k-means codebooks of 3 x 256 fitted on fp32 vectors of",
+        "the CPU, against which all is held.",
+        "",
+        "| vectors | equal full SIDs | equal level-1 codes | cosine mean | cosine min | largest difference |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in part["codes"]:
+        cosine = f"{row['mean']:.7f} | {row['min']:.7f} | {row['largest']:.1e}"
+        lines.append(f"| {row['what']} | {row['full']:.2%} | {row['first']:.2%} | {cosine} |")
+    return [*lines, ""]
+
+
+def pairs(text: str) -> list[tuple[int, int]]:
+    """`2x7,4x3`: workers x threads."""
+    return [(int(plan.split("x")[0]), int(plan.split("x")[1])) for plan in text.split(",")]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("encode_gpu.md"))
+    parser.add_argument("part", choices=("forward", "text", "images", "codes", "report"))
+    parser.add_argument("found", nargs="*", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="tiny models: does the script run?")
-    parser.add_argument("--only", choices=("text", "vision"))
-    parser.add_argument("--skip-end-to-end", action="store_true")
+    parser.add_argument("--plans", type=pairs, default=pairs("1x8"), help="workers x threads, as 2x7,4x3")
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--items", type=Path)
+    parser.add_argument("--titles", type=int, default=12_000, help="real titles whose codes are compared")
     args = parser.parse_args()
+    if args.part == "report":
+        args.out.write_text(report([json.loads(path.read_text()) for path in args.found]))
+        return
+    from gpu_encode_models import SMALL, Size
+
     size = SMALL if args.small else Size()
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
-    checks = [check_text(size, args.device, 4096), check_vision(size, args.device)]
-    print("\n".join(checks), flush=True)
-    ceiling = gemm_ceiling(args.device, size)
-    print(f"ceiling {ceiling:.0f} TFLOP/s", flush=True)
-    rows: list[dict[str, object]] = []
-    for kind, in_memory in (("text", time_text), ("vision", time_vision)):
-        if args.only not in (None, kind):
-            continue
-        found = in_memory(size, args.device)
-        rows += found
-        args.out.write_text(report(rows, ceiling, checks, args.device))
-        if not args.skip_end_to_end:
-            rows += time_end_to_end(kind, size, args.device, max(float(row["rate"]) for row in found))
-            args.out.write_text(report(rows, ceiling, checks, args.device))
-    print(report(rows, ceiling, checks, args.device))
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as name:
+        if args.part == "forward":
+            found = run_forward(size, args.device, Path(name))
+        elif args.part == "codes":
+            found = run_codes(args.model, args.items, args.device, args.titles)
+        else:
+            found = run_end_to_end(args.part, size, args.device, Path(name), args.plans)
+    args.out.write_text(json.dumps({"name": args.part, "where": where(args.device), **found}))
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ class EmbedConfig(BaseModel):
 
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where the device multiplies it natively
     exact_batches: bool = False  # the same bytes at any budget, order and subset of items; somewhat slower
-    compile: bool = False  # torch.compile: a minute at the start, then faster on a GPU
+    compile: bool = False  # torch.compile, block by block: seconds at the start, 5 to 10 % faster on a GPU
     text: TextConfig = TextConfig()
     image: ImageConfig = ImageConfig()
     tfidf: TfidfConfig = TfidfConfig()
