@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -197,21 +198,29 @@ def model_of(kind: str, size: Size, folder: Path) -> Path:
 
 
 def run_end_to_end(
-    kind: str, size: Size, device: str, folder: Path, plans: Sequence[tuple[int, int]]
+    kind: str,
+    size: Size,
+    device: str,
+    folder: Path,
+    plans: Sequence[tuple[int, int]],
+    memory: float | None,
 ) -> dict[str, Any]:
     """`embed items` at several (workers, threads), against the rate in memory of the same call."""
     from gpu_encode_models import jpegs_like, titles_like, write_table
 
     model = model_of(kind, size, folder)
-    memory, tflops = FORWARD[kind](model, size, device, compile=True)
-    row = {"what": f"{UNIT[kind]}, forward, compiled", "rate": memory, "tflops": tflops}
-    found: dict[str, Any] = {"rows": [say(row)], "notes": [], "ceiling": gemm_ceiling(device, size)}
+    found: dict[str, Any] = {"rows": [], "notes": [], "ceiling": gemm_ceiling(device, size)}
+    if memory is None:
+        memory, tflops = FORWARD[kind](model, size, device, compile=True)
+        row = {"what": f"{UNIT[kind]}, forward, compiled", "rate": memory, "tflops": tflops}
+        found["rows"].append(say(row))
     if kind == "text":
         items = write_table(folder / "items", "title", titles_like(size.titles), size.text_shards)
     else:
         items = write_table(folder / "items", "image", jpegs_like(size.jpegs), size.image_shards)
     for workers, threads in plans:
         rate, whole = embed(kind, items, model, device, folder / f"out-{workers}", workers, threads)
+        print(f"{workers} x {threads}: {whole:.1f} s in all", flush=True)
         name = f"{UNIT[kind]}, Parquet to Parquet, --workers {workers} --threads {threads}"
         found["rows"].append(say({"what": name, "rate": rate, "share": rate / memory, "whole": whole}))
     return found
@@ -230,6 +239,7 @@ def embed(
     def progress(count: int, total: int, record: Any) -> None:
         if record:
             done.append((time.perf_counter(), record["rows"]))
+            print(f"{workers} x {threads}: shard {len(done)} at {done[-1][0] - start:.2f} s", flush=True)
 
     config = EmbedConfig(precision="bf16", compile=device == "cuda")
     named = {"model": str(model)} if kind == "text" else {"image_model": str(model), "modalities": "image"}
@@ -360,6 +370,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="tiny models: does the script run?")
     parser.add_argument("--plans", type=pairs, default=pairs("1x8"), help="workers x threads, as 2x7,4x3")
+    parser.add_argument("--shards", type=int, help="of the table, in place of 32 (text) and 16 (images)")
+    parser.add_argument("--memory", type=float, help="rate in memory of a run before, not measured again")
     parser.add_argument("--model", type=Path)
     parser.add_argument("--items", type=Path)
     parser.add_argument("--titles", type=int, default=12_000, help="real titles whose codes are compared")
@@ -370,13 +382,15 @@ def main() -> None:
     from gpu_encode_models import SMALL, Size
 
     size = SMALL if args.small else Size()
+    if args.shards:
+        size = replace(size, text_shards=args.shards, image_shards=args.shards)
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as name:
         if args.part == "forward":
             found = run_forward(size, args.device, Path(name))
         elif args.part == "codes":
             found = run_codes(args.model, args.items, args.device, args.titles)
         else:
-            found = run_end_to_end(args.part, size, args.device, Path(name), args.plans)
+            found = run_end_to_end(args.part, size, args.device, Path(name), args.plans, args.memory)
     args.out.write_text(json.dumps({"name": args.part, "where": where(args.device), **found}))
 
 

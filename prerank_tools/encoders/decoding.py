@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from multiprocessing.util import Finalize
 from typing import Any
 
 import numpy as np
@@ -70,7 +71,7 @@ class Into:
         return (width, height) if uncut else None
 
 
-@dataclass
+@dataclass(eq=False)
 class Decoder:
     """`workers` threads, or processes where `processes`, that fill the slots of `into`."""
 
@@ -109,7 +110,10 @@ class Decoder:
         if not self.processes:
             return ThreadPoolExecutor(self.workers, thread_name_prefix="decode")
         spawn = multiprocessing.get_context("spawn")
-        return ProcessPoolExecutor(self.workers, spawn, initializer=_begin, initargs=(self.into,))
+        pool = ProcessPoolExecutor(self.workers, spawn, initializer=_begin, initargs=(self.into,))
+        # A process of an engine waits for its children before the executor's own hook would end them.
+        Finalize(self, pool.shutdown, kwargs={"cancel_futures": True}, exitpriority=1)
+        return pool
 
 
 def shared_bytes(size: int) -> Any:

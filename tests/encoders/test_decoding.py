@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -85,6 +86,21 @@ def test_a_process_that_dies_is_a_reason_to_run_again() -> None:
     with pytest.raises(RetryError, match="died"):
         filled.wait(filled.start(0, [end_this_process]))
     assert filled.wait(filled.start(0, [photo(0)])) == [None]  # with new processes
+
+
+def decode_in_a_worker() -> None:
+    filled = decoder(2, processes=True)
+    assert filled.wait(filled.start(0, [photo(n) for n in range(20)])) == [None] * 20
+
+
+def test_a_worker_of_an_engine_ends_with_its_decoder_open() -> None:
+    """It waits for its children before it ends: they must have been told to."""
+    worker = multiprocessing.get_context("spawn").Process(target=decode_in_a_worker)
+    worker.start()
+    worker.join(timeout=60)
+    code = worker.exitcode
+    worker.kill()
+    assert code == 0
 
 
 ORPHANS = """
