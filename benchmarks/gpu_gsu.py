@@ -9,30 +9,21 @@ from __future__ import annotations
 
 import argparse
 import platform
+import sys
 from collections.abc import Callable
-from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-import triton
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.gpu_gsu_checks import PLANS, K, check, verify
 from prerank_tools.gsu import search_cuda as gsu
-from prerank_tools.gsu.search import Groups, topk_numpy
-from prerank_tools.gsu.simtier import simtier
+from prerank_tools.gsu.batch_cuda import asked_of, past_of, prepared
 
-K = 50
-# block_m x block_n x split, warps, stages
-TILINGS = [
-    (128, 64, 4, 8, 3),
-    (128, 64, 4, 8, 4),
-    (128, 64, 4, 8, 2),
-    (256, 64, 4, 16, 2),
-    (128, 128, 2, 8, 3),
-]
-RANKS = [(1, 1, 1), (2, 1, 1), (4, 1, 1), (2, 2, 1)]  # rank warps; list rows, warps
+KINDS = {"lists": {}, "histograms": {"lists": False, "tiers": True}}
 
 
 def main() -> None:
@@ -45,7 +36,7 @@ def main() -> None:
     words.add_argument("--dims", type=int, default=128)
     given = words.parse_args()
     torch.manual_seed(0)
-    versions = f"torch {torch.__version__}, triton {triton.__version__}, Python {platform.python_version()}"
+    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
     lines = [
         "# GSU on one GPU",
         "",
@@ -58,81 +49,47 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     lines += check()
     print("\n".join(lines), flush=True)
-    best, timed = time_shape(given.users, given.candidates, given.history, given.dims)
-    lines += timed
-    for section in (list, partial(time_long, given.dims, best)):
+    shape = given.users, given.candidates, given.history, given.dims
+    for section in (
+        partial(time_shape, *shape),
+        partial(time_others, *shape),
+        partial(time_long, given.dims),
+    ):
         lines += section()
         (given.out / "gsu_cuda.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
 
 def batch(
-    users: int, candidates: int, history: int, dims: int, tiling: gsu.Tiling
+    users: int,
+    candidates: int,
+    history: int,
+    dims: int,
+    *,
+    dtype: torch.dtype = torch.float16,
+    again: int = 0,
 ) -> tuple[gsu.Past, gsu.Asked]:
-    """Random users; every vector its own row."""
+    """Random users; every vector its own row, but that the first behaviour comes `again` times."""
     rows = users * (history + candidates)
-    table = torch.randn(rows + 1, dims, device="cuda").half()
+    table = torch.randn(rows + 1, dims, device="cuda").to(dtype)
     table[-1] = 0
-    past = gsu.past_of(table, np.arange(users * history), np.arange(users + 1) * history)
-    asked = gsu.asked_of(
+    past_rows = np.arange(users * history).reshape(users, history)
+    past_rows[:, : again + 1] = past_rows[:, :1]
+    past = past_of(table, past_rows.ravel(), np.arange(users + 1) * history)
+    asked = asked_of(
         table, np.arange(users * history, rows), np.arange(users + 1) * candidates,
-        np.full(users * candidates, history), past, tiling,
+        np.full(users * candidates, history), past,
     )  # fmt: skip
     return past, asked
 
 
-def check() -> list[str]:
-    """Small hard cases against the numpy definition, through the whole of `topk_cuda`."""
-    rng = np.random.default_rng(0)
-    cases = {}
-    for dtype in (np.float32, np.float16, np.int8):
-        table = (rng.normal(size=(900, 128)) * (40 if dtype is np.int8 else 1)).astype(dtype)
-        table[:9] = 0
-        cases[f"random {np.dtype(dtype).name}, ragged, missing"] = (table, ragged(rng, 900))
-    close = (rng.normal(size=128) + rng.normal(size=(1200, 128)) * 1e-4).astype(np.float32)
-    cases["near ties"] = (close, ragged(rng, 1200))
-    cases["small integers, mostly ties and zeros"] = (
-        (rng.integers(-1, 2, (60, 128)) * (np.arange(128) < 9)).astype(np.int8),
-        ragged(rng, 60),
-    )
-    large = rng.normal(size=(900, 128))
-    large[::3] *= 1e30
-    cases["lengths float32 cannot square"] = (large.astype(np.float32), ragged(rng, 900))
-    lines = ["| case | rows | positions | n_valid | tiers | worst cosine |", "|---|---|---|---|---|---|"]
-    for name, (table, groups) in cases.items():
-        found, expected = gsu.topk_cuda(table, groups, k=K), topk_numpy(table, groups, k=K)
-        equal = [
-            int((a != b).sum())
-            for a, b in (
-                (found.positions_MK, expected.positions_MK), (found.n_valid_M, expected.n_valid_M),
-                (simtier(found.sims_MK), simtier(expected.sims_MK)),
-            )
-        ]  # fmt: skip
-        worst = np.abs(found.sims_MK - expected.sims_MK).max()
-        differ = " | ".join(f"{count} differ" for count in equal)
-        lines.append(f"| {name} | {len(found.n_valid_M)} | {differ} | {worst:.1e} |")
-        assert equal == [0, 0, 0] and worst < 1e-5, (name, equal, worst)
-    return [*lines, ""]
-
-
-def ragged(rng: np.random.Generator, rows: int) -> Groups:
-    """A few users with histories of all lengths, candidates that see any prefix."""
-    history, asked = rng.integers(0, 9000, 9), rng.integers(0, 40, 9)
-    history[:3] = (1, 50, 200)
-    visible = np.concatenate([rng.integers(0, n + 1, c) for n, c in zip(history, asked, strict=True)])
-    return Groups(
-        rng.integers(-1, rows, history.sum()), np.r_[0, history.cumsum()],
-        rng.integers(-1, rows, asked.sum()), np.r_[0, asked.cumsum()], visible,
-    )  # fmt: skip
-
-
-def time_shape(users: int, candidates: int, history: int, dims: int) -> tuple[gsu.Tiling, list[str]]:
-    """Every tiling of the search, beside the baselines."""
+def time_shape(users: int, candidates: int, history: int, dims: int) -> list[str]:
+    """Every plan of the search, beside the baselines."""
     pairs = users * candidates
-    past, asked = batch(users, candidates, history, dims, gsu.Tiling())
+    past, asked = batch(users, candidates, history, dims)
     unit, wanted = (
-        past.rows.unit_ND.view(users, history, dims),
-        asked.rows.unit_ND.view(users, candidates, dims),
+        past.rows.half_ND.view(users, history, dims),
+        asked.rows.half_ND.view(users, candidates, dims),
     )
     lines = [f"## {users} users x {candidates} candidates x {history} behaviours, d {dims}, K {K}", ""]
     lines += ["| what | ms | M pairs/s |", "|---|---|---|"]
@@ -145,93 +102,73 @@ def time_shape(users: int, candidates: int, history: int, dims: int) -> tuple[gs
 
     told("bare product, fp16 (bmm)", lambda: torch.bmm(wanted, unit.transpose(1, 2)))
     told("bmm + topk, fp16 (not exact)", lambda: torch.bmm(wanted, unit.transpose(1, 2)).topk(K, dim=-1))
-    best, best_ms = gsu.Tiling(), float("inf")
-    for block_m, block_n, split, warps, stages in TILINGS:
-        narrow = 64 if split * block_n >= 256 else 128
-        tiling = gsu.Tiling(block_m, block_n, split, warps, stages, narrow)
-        name = f"{block_m}x{block_n}x{split} warps {warps} stages {stages}"
-        try:
-            past, asked = batch(users, candidates, history, dims, tiling)
-            ms = told(f"mark, tiling {name}", partial(gsu.mark, past, asked, k=K, tiling=tiling))
-            whole = told(
-                f"exact top-K lists, tiling {name}", partial(gsu.search, past, asked, k=K, tiling=tiling)
-            )
-        except Exception as fault:
-            lines.append(f"| tiling {name} | {type(fault).__name__} | - |")
-            print(name, str(fault)[:300])
-            continue
-        print(f"   mark alone {ms:.3f} of {whole:.3f} ms")
-        if whole < best_ms:
-            best, best_ms = tiling, whole
-    past, asked = batch(users, candidates, history, dims, best)
-    for rank_warps, list_rows, list_warps in RANKS:
-        tiling = replace(best, rank_warps=rank_warps, list_rows=list_rows, list_warps=list_warps)
-        name = f"rank warps {rank_warps}, list rows {list_rows} warps {list_warps}"
-        whole = told(f"exact top-K lists, {name}", partial(gsu.search, past, asked, k=K, tiling=tiling))
-        if whole < best_ms:
-            best, best_ms = tiling, whole
-    verify(past, asked, best)
-    words_, stride = gsu.mark(past, asked, k=K, tiling=best)
-    place, count = gsu.list_marked(words_, stride, asked, best)
-    told("best: list_marked", lambda: gsu.list_marked(words_, stride, asked, best))
-    told(
-        "best: rank, lists",
-        lambda: gsu.rank(past, asked, place, count, k=K, tiling=best, lists=True, tiers=False),
-    )
-    told(
-        "best: rank, tiers",
-        lambda: gsu.rank(past, asked, place, count, k=K, tiling=best, lists=False, tiers=True),
-    )
-    told("**exact top-K, lists**", lambda: gsu.search(past, asked, k=K, tiling=best))
-    told(
-        "**exact SimTier histograms**",
-        lambda: gsu.search(past, asked, k=K, tiling=best, lists=False, tiers=True),
-    )
-    told("both", lambda: gsu.search(past, asked, k=K, tiling=best, tiers=True))
-    captured = graph(lambda: gsu.search(past, asked, k=K, tiling=best))
-    told("**exact top-K, lists, as a CUDA graph**", captured.replay)
-    captured_tiers = graph(lambda: gsu.search(past, asked, k=K, tiling=best, lists=False, tiers=True))
-    told("**exact SimTier histograms, as a CUDA graph**", captured_tiers.replay)
-    told("unit rows of histories (once a user)", lambda: gsu.prepared(past.rows.raw_ND))
-    flags = gsu.search(past, asked, k=K, tiling=best).flag_M
-    listed = f"Listed a row: mean {count.float().mean():.1f}, most {int(count.max())}; settled in float64:"
+    for name, plan in PLANS.items():
+        verify(past, asked, plan)
+        told(f"{name}: shortlist", graph(partial(gsu.shortlist, past, asked, k=K, plan=plan)).replay)
+        listed = gsu.shortlist(past, asked, k=K, plan=plan)
+        for kind, wanted in KINDS.items():
+            work = partial(gsu.rank, past, asked, listed, k=K, plan=plan, **wanted)
+            told(f"{name}: rank, {kind}", graph(work).replay)
+        for kind, wanted in KINDS.items():
+            work = partial(gsu.search, past, asked, k=K, plan=plan, **wanted)
+            told(f"**{name}: exact {kind}**", work)
+            told(f"**{name}: exact {kind}, as a CUDA graph**", graph(work).replay)
+    told("rows of histories made ready (once a user)", lambda: prepared(past.rows.raw_ND))
+    counts = listed.counts_M4.sum(1)
     lines += [
         "",
-        f"Best: {best}. {listed} {int((flags > 0).sum())} of {pairs}.",
+        f"Listed a row: mean {counts.float().mean():.1f}, most {int(counts.max())}, in one of its four parts "
+        f"{int(listed.counts_M4.max())} of {gsu.room(K)[0]}; "
+        f"left to the definition: {int(listed.waiting[0])} of {pairs}.",
         "",
     ]
-    return best, lines
+    return lines
 
 
-def verify(past: gsu.Past, asked: gsu.Asked, tiling: gsu.Tiling, *, rows: int = 256) -> None:
-    """A sample of the timed rows against float64 on the GPU."""
-    found = gsu.search(past, asked, k=K, tiling=tiling, tiers=True)
-    for row in torch.randint(0, len(asked.group_M), (rows,)).tolist():
-        best, sims, n_valid = gsu._settle(past, asked, row, K)
-        assert (found.positions_MK[row] == best).all(), row
-        assert (found.sims_MK[row] - sims).abs().max() < 1e-5
-        assert n_valid == found.n_valid_M[row]
-        assert found.tier_MN[row].tolist() == simtier(sims.cpu().numpy()[None])[0].tolist()
+def time_others(users: int, candidates: int, history: int, dims: int) -> list[str]:
+    """The same shape with other stored types and widths, and where lists overflow."""
+    lines = ["## Other data, the same shape, as CUDA graphs", ""]
+    lines += ["| what | lists, ms | M pairs/s | histograms, ms | M pairs/s | left to the definition |"]
+    lines += ["|---|---|---|---|---|---|"]
+    cases = {
+        f"float32, d {dims}": {"dims": dims, "dtype": torch.float32},
+        f"float16, d {dims}, one item seen 300 times": {"dims": dims, "again": 299},
+        "float16, d 64": {"dims": 64},
+        "float16, d 256": {"dims": 256},
+        "float16, d 512": {"dims": 512},
+    }
+    for name, given in cases.items():
+        past, asked = batch(users, candidates, history, **given)
+        verify(past, asked, gsu.Plan(), rows=64)
+        cells = []
+        for wanted in KINDS.values():
+            ms = median_ms(graph(partial(gsu.search, past, asked, k=K, plan=gsu.Plan(), **wanted)).replay)
+            cells.append(f"{ms:.3f} | {users * candidates / ms / 1e3:.1f}")
+        listed = gsu.shortlist(past, asked, k=K, plan=gsu.Plan())
+        gsu.rank(past, asked, listed, k=K, plan=gsu.Plan())
+        lines.append(f"| {name} | {' | '.join(cells)} | {int(listed.waiting[0])} |")
+        print(lines[-1], flush=True)
+    return [*lines, ""]
 
 
-def time_long(dims: int, tiling: gsu.Tiling) -> list[str]:
+def time_long(dims: int) -> list[str]:
     """Longer and longer histories: pairs/s, time a pair and behaviour, memory."""
     lines = ["## Long histories, 512 candidates a user", ""]
     lines += ["| users x behaviours | ms | pairs/s | ns a pair and 1000 | peak GB | of it histories |"]
     lines += ["|---|---|---|---|---|---|"]
     for users, history in ((64, 4096), (64, 10_000), (64, 32_000), (64, 100_000), (32, 1_000_000)):
         torch.cuda.empty_cache()
-        past, asked = batch(users, 512, history, dims, tiling)
-        held = past.rows.raw_ND.nbytes + past.rows.unit_ND.nbytes
+        past, asked = batch(users, 512, history, dims)
+        held = past.rows.raw_ND.nbytes + past.rows.half_ND.nbytes
         torch.cuda.reset_peak_memory_stats()
-        ms = median_ms(lambda: gsu.search(past, asked, k=K, tiling=tiling), repeats=5)  # noqa: B023
+        ms = median_ms(partial(gsu.search, past, asked, k=K, plan=gsu.Plan()), repeats=5)
         pairs = users * 512
         peak = torch.cuda.max_memory_allocated()
         lines.append(
             f"| {users} x {history} | {ms:.2f} | {pairs / ms * 1e3:.3g} | "
             f"{ms * 1e6 / pairs / history * 1e3:.2f} | {peak / 1e9:.2f} | {held / 1e9:.2f} |"
         )
-        verify(past, asked, tiling, rows=8)
+        verify(past, asked, gsu.Plan(), rows=8)
     return [*lines, ""]
 
 
