@@ -42,8 +42,8 @@ def main() -> None:
         "",
         f"`python benchmarks/gpu_gsu.py` on {torch.cuda.get_device_name()}, {versions}, seed 0,",
         f"{datetime.now(UTC):%Y-%m-%d}. A pair is one candidate against its user's whole history; exact",
-        "means equal to the float64 definition in positions and tiers. Histories, candidates and their unit",
-        "float16 rows lie in GPU memory; making those rows is timed apart (once a user). Medians of 20.",
+        "means equal to the float64 definition in positions, counts and tiers. Histories, candidates and",
+        "their float16 rows lie in GPU memory; making those is timed apart (once a user). Medians of 20.",
         "",
     ]
     given.out.mkdir(parents=True, exist_ok=True)

@@ -45,7 +45,7 @@ __device__ __forceinline__ double product(raw x, raw y) {
 #endif
 }
 
-// `cosine.lane_dots` by 16 neighbouring threads: lane d % 16 adds up dimension d, then lanes are added by halves.
+// `cosine.lane_dots` by 16 neighbouring threads: lane d % 16 adds up dimension d, lanes are added by halves.
 __device__ __forceinline__ double add_lanes(double lane_sum) {
   for (int half = 8; half > 0; half /= 2) lane_sum += __shfl_xor_sync(~0u, lane_sum, half);
   return lane_sum;

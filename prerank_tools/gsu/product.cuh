@@ -1,7 +1,7 @@
-// Products of candidates with their user's history, tile by tile: 64 candidates a group of four warps by 64
-// behaviours, float16 with sums in float32. Four more warps, of which one works, fetch tiles ahead (registers are
-// shared out by fours of warps). On Hopper (HOPPER) by its asynchronous products and its copy engine.
-// WARPGROUPS groups; HELD: candidates are held in registers, else in shared memory; STAGES tiles are held at once.
+// Products of candidates with their user's history, tile by tile: 64 candidates for each of WARPGROUPS groups of
+// four warps, by COLUMNS behaviours; float16, summed in float32. Four more warps, of which one works, fetch tiles
+// ahead (registers are shared out by fours of warps). HOPPER: by that card's own products and copy engine.
+// HELD: candidates are held in registers, else in shared memory. STAGES tiles are held at once.
 
 // COLUMNS behaviours a tile: 128, or 64 where rows are long.
 #define SCORES (COLUMNS / 2)        // products of a tile that a thread holds: of two candidates
@@ -58,7 +58,7 @@ struct Source {
   int base, longest;
 };
 
-// By one warp. A tile is complete when the copies of all its threads have landed, and on Hopper the copy engine's.
+// By one warp. A tile is there when the copies of all its threads have landed, and on Hopper the copy engine's.
 __device__ __forceinline__ void fetch(const Source& from, const Tiles& to, int tile, int stage) {
   const int lane = threadIdx.x % 32;
   const unsigned full = to.full + stage * 8;
@@ -96,10 +96,12 @@ __device__ __forceinline__ void fetch(const Source& from, const Tiles& to, int t
 // for candidates t / 4 and t / 4 + 8 of the warp's 16, behaviours 8 j + 2 (t % 4) and the next.
 
 #define EIGHT(d, i) \
-  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
+      "+f"(d[i + 6]), "+f"(d[i + 7])
 #define REGISTERS32(d) EIGHT(d, 0), EIGHT(d, 8), EIGHT(d, 16), EIGHT(d, 24)
 #define NAMES32 \
-  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15," \
+  "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 #if COLUMNS == 64
 #define REGISTERS(d) REGISTERS32(d)
 #define INTO "m64n64k16.f32.f16.f16 {" NAMES32 "}"
@@ -217,8 +219,8 @@ __device__ __forceinline__ void hide(const int (&seen)[2], int tile, float (&d)[
     if (left[i / 2 % 2] <= i / 4 * 8 + i % 2) d[i] = __int_as_float(0x7FC00000);
 }
 
-// One pass over all tiles (a multiple of ROUND): `look(tile, its place in a round, products, scales)`, the products
-// of other warps under way meanwhile. `turn`: tiles of earlier passes.
+// One pass over all tiles (a multiple of ROUND): `look(tile, its place in a round, products, scales)`, products of
+// other warps under way meanwhile. `turn`: tiles of earlier passes.
 template <typename Look>
 __device__ __forceinline__ void each_tile(
     const Tiles& t, const Candidates& a, int turn, int tiles, const int (&seen)[2], int shortest, Look look) {

@@ -1,6 +1,6 @@
 // The definition itself, for the rows that wait: every cosine of a candidate in float64, and the K best of them
-// by radix selection on (cosine, position). A row comes here when its list overflowed, as where one item was seen
-// hundreds of times, or when its K-th best is not clear of zero. A block a row; blocks take rows in turn.
+// by radix selection on (cosine, position). A row comes here when its list overflowed, as where one item was
+// seen hundreds of times, or when its K-th best is not clear of zero. A block a row; blocks take rows in turn.
 
 __device__ __forceinline__ u64 ordered(double x) {
   const u64 bits = (u64)__double_as_longlong(x);

@@ -28,7 +28,8 @@ __device__ __forceinline__ unsigned reached2(unsigned x, unsigned y) {
 }
 
 // The largest t (to 1 / 2048) that at least `wanted` of the groups of each of two candidates reach; 0 if none.
-__device__ __forceinline__ void thresholds(const unsigned (&high)[SPLITS][2][COLUMNS / 8], int wanted, float (&low)[2]) {
+__device__ __forceinline__ void thresholds(
+    const unsigned (&high)[SPLITS][2][COLUMNS / 8], int wanted, float (&low)[2]) {
   float top[2] = {1, 1};
   low[0] = low[1] = 0;
   for (int halving = 0; halving < 11; halving++) {
@@ -49,8 +50,8 @@ __device__ __forceinline__ void thresholds(const unsigned (&high)[SPLITS][2][COL
   }
 }
 
-// Keep four scores, and the position of the first, at `to` where the largest reaches `low`, and move on. A thread
-// keeps up to STAGED fours of each of its candidates R; the positions of both lie behind all fours.
+// Keep four scores, and the position of the first, at `to` where the largest reaches `low`, and move on. A
+// thread keeps up to STAGED fours of each of its candidates R; the positions of both lie behind all fours.
 #define POSITIONS(R) ((2 - R) * STAGED * SLOT + R * 4)
 template <int R>
 __device__ __forceinline__ void keep(unsigned& to, const float (&x)[4], float low, int at) {
@@ -97,7 +98,8 @@ __device__ __forceinline__ void look_through(
   Candidates a;
   for (int k = 0; k < STEPS; k++)
     for (int part = 0; part < 4; part++)
-      a[k][part] = *(const unsigned*)(candidates + (i64)mine[part % 2] * WIDTH + k * 16 + quad * 2 + part / 2 * 8);
+      a[k][part] =
+          *(const unsigned*)(candidates + (i64)mine[part % 2] * WIDTH + k * 16 + quad * 2 + part / 2 * 8);
 #else
   const Candidates a = held + (HOPPER ? warp / 4 * 64 * 128 : 0);  // the warpgroup's, or all
 #endif
@@ -156,7 +158,8 @@ __device__ __forceinline__ void look_through(
   auto emit = [&](int tile, int step, const float(&d)[SCORES], const float(&s)[COLUMNS / 4]) {
 #pragma unroll
     for (int j = 0; j < COLUMNS / 8; j += 2) {
-      if (j % 8 == 0 && __any_sync(~0u, max(to[0] - from[0], to[1] - from[1]) > (STAGED - 4) * SLOT)) write_out();
+      const unsigned held = max(to[0] - from[0], to[1] - from[1]);
+      if (j % 8 == 0 && __any_sync(~0u, held > (STAGED - 4) * SLOT)) write_out();
       const float *x = d + 4 * j, *z = s + 2 * j;
       const float first[4] = {x[0] * z[0], x[1] * z[1], x[4] * z[2], x[5] * z[3]};
       const float second[4] = {x[2] * z[0], x[3] * z[1], x[6] * z[2], x[7] * z[3]};
@@ -172,7 +175,8 @@ __device__ __forceinline__ void look_through(
 
 // `lists`: (M, 4, SLOTS) scores and positions, one part for each thread that sees a candidate; `counts`: (M, 4),
 // more than SLOTS where a part overflowed; `floors`: what every listed score reaches, -4 where all are listed.
-// A score times the candidate's `scale` is within `slack` of the cosine. `waiting`: no row waits for `settle` yet.
+// A score times the candidate's `scale` is within `slack` of the cosine. `waiting`: no row waits for `settle`
+// yet.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) shortlist(
     const __grid_constant__ Map map, const half_bits* histories, const float* history_scale,
     const half_bits* candidates, const float* candidate_scale, const i64* offset, const int* visible,
