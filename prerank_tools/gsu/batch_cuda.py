@@ -121,13 +121,13 @@ def tiles(offsets: np.ndarray, height: int) -> tuple[np.ndarray, np.ndarray, np.
 
 def prepared(raw_ND: Tensor) -> Prepared:
     """Rows in float16, exact inverse lengths, what a float16 row lacks; zeros for a row without a vector."""
-    rows, like = len(raw_ND), {"device": raw_ND.device}
+    rows, device = len(raw_ND), raw_ND.device
     made = Prepared(
         raw_ND,
         torch.empty_like(raw_ND, dtype=torch.float16),
-        torch.empty(rows, dtype=torch.float64, **like),
-        torch.empty(rows, dtype=torch.float32, **like),
-        torch.empty(rows, dtype=torch.float32, **like),
+        torch.empty(rows, dtype=torch.float64, device=device),
+        torch.empty(rows, dtype=torch.float32, device=device),
+        torch.empty(rows, dtype=torch.float32, device=device),
     )
     kernel("rows.cu", "prepare", raw_ND)(-(-rows // 16), 256, *made, rows)
     return made
