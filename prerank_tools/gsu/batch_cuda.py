@@ -4,17 +4,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from prerank_tools.gsu.nvrtc import Kernel, compiled, is_hopper, no_map, tile_map
+from prerank_tools import cuda_code
+from prerank_tools.gsu.nvrtc import is_hopper, no_map, tile_map
 from prerank_tools.gsu.search import Groups
 
 LIST_BYTES = 1 << 30  # of lists held at once: candidates are taken in batches
 HISTORY_BYTES = 4 << 30  # of half-precision rows held at once: groups are taken in batches
+HERE = Path(__file__).parent
 STORED = {torch.float32: 0, torch.float16: 1, torch.int8: 2}
 
 
@@ -129,7 +132,7 @@ def prepared(raw_ND: Tensor) -> Prepared:
         torch.empty(rows, dtype=torch.float32, device=device),
         torch.empty(rows, dtype=torch.float32, device=device),
     )
-    kernel("rows.cu", "prepare", raw_ND)(-(-rows // 16), 256, *made, rows)
+    kernel("rows.cu", "prepare", raw_ND).launch(-(-rows // 16), 256, *made, rows)
     return made
 
 
@@ -166,12 +169,13 @@ def rounding(width: int) -> float:
     return width * 2.0**-23 + 1e-6
 
 
-def kernel(file: str, name: str, raw_ND: Tensor, **defines: int) -> Kernel:
-    """A kernel of one of our files for stored rows like these."""
+def kernel(file: str, name: str, raw_ND: Tensor, *, shared: int = 0, **defines: int) -> cuda_code.Kernel:
+    """A kernel of one of our files for stored rows like these, on their card."""
     defines |= {"WIDTH": raw_ND.shape[1], "RAW": STORED[raw_ND.dtype]}
-    device = raw_ND.device.index or 0
     headers = ("cosine.cuh", "product.cuh") if file == "shortlist.cu" else ("cosine.cuh",)
-    return compiled((*headers, file), name, tuple(sorted(defines.items())), device)
+    sources = tuple(HERE / source for source in (*headers, file))
+    with torch.cuda.device(raw_ND.device):
+        return cuda_code.kernel(sources, name, shared, **defines)
 
 
 def _slack(past: Past, rows: Prepared) -> Tensor:

@@ -100,11 +100,11 @@ def shortlist(past: Past, asked: Asked, *, k: int, plan: Plan) -> Lists:
     groups, shape, shared = layout(width)
     half_ND = past.rows.half_ND
     shape |= {"HOPPER": int(plan.on_hopper(device)), "SLOTS": slots, "LISTED": listed}
-    kernel("shortlist.cu", "shortlist", half_ND, **shape)(
+    kernel("shortlist.cu", "shortlist", half_ND, shared=shared, **shape).launch(
         len(asked.tile_group), 128 * groups + 128,
         past.tiles, half_ND, past.rows.scale_N,
         asked.rows.half_ND, asked.rows.scale_N, past.offsets, asked.visible_M, asked.slack_M,
-        asked.tile_group, asked.tile_first, asked.tile_last, *lists, k, shared=shared,
+        asked.tile_group, asked.tile_first, asked.tile_last, *lists, k,
     )  # fmt: skip
     return lists
 
@@ -127,12 +127,12 @@ def rank(
         tier_MN=torch.empty((rows if tiers else 0, TIERS), dtype=torch.uint8, device=device),
     )
     shape = {"SLOTS": slots, "LISTED": most, "LISTS": int(lists), "TIERS": int(tiers)}
-    kernel("rank.cu", "rank", past.rows.raw_ND, **shape)(
+    kernel("rank.cu", "rank", past.rows.raw_ND, shared=4 * (most * 27 + 128), **shape).launch(
         -(-rows // 4), 128,
         asked.rows.raw_ND, past.rows.raw_ND, asked.rows.inverse_N, past.rows.inverse_N,
         asked.rows.scale_N, asked.slack_M, asked.group_M, asked.visible_M,
         past.with_vector_N, past.offsets, *listed, *found,
-        rows, k, int(plan.last_bit), rounding(past.rows.raw_ND.shape[1]), shared=4 * (most * 27 + 128),
+        rows, k, int(plan.last_bit), rounding(past.rows.raw_ND.shape[1]),
     )  # fmt: skip
     return found
 
@@ -142,7 +142,7 @@ def settle(past: Past, asked: Asked, listed: Lists, found: Found, *, k: int) -> 
     blocks = min(264, len(asked.group_M), SCRATCH_BYTES // (8 * max(asked.longest, 1)) + 1)
     scratch = torch.empty((blocks, asked.longest), dtype=torch.int64, device=past.offsets.device)
     shape = {"LISTS": int(len(found.positions_MK) > 0), "TIERS": int(len(found.tier_MN) > 0)}
-    kernel("settle.cu", "settle", past.rows.raw_ND, **shape)(
+    kernel("settle.cu", "settle", past.rows.raw_ND, **shape).launch(
         blocks, 256,
         asked.rows.raw_ND, past.rows.raw_ND, asked.rows.inverse_N, past.rows.inverse_N,
         asked.group_M, asked.visible_M, past.with_vector_N, past.offsets, listed.waiting, scratch,
@@ -154,7 +154,7 @@ def latest_cosines(past: Past, asked: Asked, recent: int) -> Tensor:
     """Exact cosines with the latest behaviours, newest first, padded as in `TopK`; (M, recent) float32."""
     rows = len(asked.group_M)
     sims = torch.empty((rows, recent), dtype=torch.float32, device=past.offsets.device)
-    kernel("rows.cu", "latest", past.rows.raw_ND)(
+    kernel("rows.cu", "latest", past.rows.raw_ND).launch(
         -(-rows * recent // 16), 256,
         asked.rows.raw_ND, past.rows.raw_ND, asked.rows.inverse_N, past.rows.inverse_N,
         asked.group_M, past.offsets, asked.visible_M, sims, rows, recent,

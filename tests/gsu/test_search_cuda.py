@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import pytest
 
 from prerank_tools.errors import UsageError
 from prerank_tools.gsu import batch_cuda, search_cuda
-from prerank_tools.gsu.nvrtc import compiled
 from prerank_tools.gsu.search import Groups, topk, topk_numpy
 from prerank_tools.gsu.search_cuda import Plan, topk_cuda
 from prerank_tools.gsu.simtier import simtier
@@ -192,12 +190,6 @@ def test_what_a_gpu_search_does_not_take_is_a_usage_error() -> None:
         topk(np.ones((9, 16), dtype=np.float32), one_user(8, 1), k=97, backend="cuda")
     with pytest.raises(UsageError, match="widths to 512"):
         topk(np.ones((9, 513), dtype=np.float32), one_user(8, 1), backend="cuda")
-
-
-def test_without_cuda_bindings_it_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
-    with pytest.raises(UsageError, match="cuda-bindings"):
-        compiled(("cosine.cuh", "rows.cu"), "prepare", (("WIDTH", 64), ("RAW", 0)), 0)
 
 
 def test_kernels_are_in_the_package() -> None:
