@@ -18,6 +18,7 @@ from prerank_tools.errors import UsageError
 BYTES = ctypes.c_byte * 128  # of a tensor map
 
 
+@cache
 def available() -> bool:
     """Whether NVIDIA's bindings, which PyTorch for CUDA depends on since 2.10, are there."""
     return (
@@ -76,6 +77,12 @@ def architecture(card: int) -> str:
     """`sm_90a` on Hopper, whose own instructions want the `a`; the plain name elsewhere."""
     major, minor = torch.cuda.get_device_capability(card)
     return f"sm_{major}{minor}" + ("a" if major == 9 else "")
+
+
+@cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether a card has Hopper's own instructions, which later generations lack again."""
+    return torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def _compiled(sources: tuple[Path, ...], defines: dict[str, int], architecture: str) -> bytes:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from prerank_tools import cuda_code
-from prerank_tools.gsu.nvrtc import is_hopper, no_map, tile_map
 from prerank_tools.gsu.search import Groups
 
 LIST_BYTES = 1 << 30  # of lists held at once: candidates are taken in batches
@@ -88,7 +87,8 @@ def past_of(table: Tensor, rows_N: np.ndarray, offsets: np.ndarray) -> Past:
     before_G = torch.cat([running_N.new_zeros(1), running_N])[starts[:-1]]
     before_N = torch.repeat_interleave(before_G, sizes, output_size=len(rows_N))
     _, shape, _ = layout(table.shape[1])
-    tiles = tile_map(rows.half_ND, shape["COLUMNS"], 64) if is_hopper(table.device) else no_map()
+    hopper = cuda_code.is_hopper(table.device)
+    tiles = cuda_code.tensor_map(rows.half_ND, shape["COLUMNS"], 64) if hopper else cuda_code.no_map()
     return Past(rows, running_N[: len(rows_N)] - before_N, starts, tiles)
 
 

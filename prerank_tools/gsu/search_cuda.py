@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from prerank_tools.cuda_code import is_hopper
 from prerank_tools.errors import UsageError
 from prerank_tools.gsu.batch_cuda import Asked, Past, batches, kernel, layout, padded, rounding, upload
-from prerank_tools.gsu.nvrtc import is_hopper
 from prerank_tools.gsu.search import RECENT, Groups, TopK, empty_topk
 from prerank_tools.gsu.simtier import TIERS
 

@@ -65,7 +65,7 @@ def fits(x_nD: torch.Tensor, levels: Levels) -> bool:
     small = dims <= MOST_DIMS and dims % 8 == 0 and size <= MOST_CODES
     return (
         x_nD.is_cuda
-        and torch.cuda.get_device_capability(x_nD.device) == (9, 0)
+        and cuda_code.is_hopper(x_nD.device)
         and small
         and (count <= MOST_LEVELS or levels.wide)
         and has_triton(levels)
