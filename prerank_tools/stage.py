@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from prerank_tools.tables.table import Folder, Table
 
 
-SMALL_ROWS = 50_000  # of a work that --dry-run tries as a whole
+SMALL_ROWS = 2_000  # of a work that --dry-run tries as a whole
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+from prerank_cli.main import call
 from prerank_tools.errors import PrerankError
 from prerank_tools.run.inspection import describe
 from prerank_tools.run.job import RunOptions, run
@@ -207,6 +208,60 @@ def test_verify_finds_a_damaged_part_by_its_checksum(tmp_path: Path, damage: str
         part.unlink()
     with pytest.raises(PrerankError, match="part-00002"):
         describe(out, verify=True)
+
+
+def test_verify_finds_a_flipped_byte_anywhere_in_a_single_file(tmp_path: Path) -> None:
+    out = tmp_path / "out.parquet"
+    run(Copy(write_items(tmp_path / "items.parquet", 50)), out, RunOptions(workers=1))
+    assert describe(out, verify=True)["verified_files"] == 1
+    whole = out.read_bytes()
+    for place in [*range(0, len(whole), 61), *range(len(whole) - 9, len(whole))]:
+        flipped = bytearray(whole)
+        flipped[place] ^= 1
+        out.write_bytes(flipped)
+        with pytest.raises(PrerankError, match=r"out\.parquet") as fault:
+            describe(out, verify=True)
+        assert fault.value.exit_code in (2, 3), place
+    out.write_bytes(whole)
+    assert describe(out, verify=True)["verified_files"] == 1
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut"])
+def test_inspect_says_it_in_one_line(tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "emb"
+    items = write_items(tmp_path / "items.parquet")
+    assert call(["embed", "items", str(items), "-o", str(out), "--workers", "1"]) == 0
+    part = out / "data/part-00000.parquet"
+    content = bytearray(part.read_bytes())
+    content[len(content) // 2] ^= 1
+    part.write_bytes(content if damage == "flip" else content[:-20])
+    capsys.readouterr()
+    assert call(["inspect", str(out)]) == 0
+    assert call(["inspect", str(out), "--verify"]) == 3
+    error, hint = capsys.readouterr().err.splitlines()
+    assert error == f"error: {part}: its bytes are not those that were written"
+    assert hint == "hint: write the output again with --overwrite"
+
+
+@pytest.mark.parametrize("name", ["out", "out.parquet"])
+def test_a_damaged_manifest_is_one_line_and_can_be_replaced(tmp_path: Path, name: str) -> None:
+    items, out = write_items(tmp_path / "items.parquet"), tmp_path / name
+    run(Copy(items), out, RunOptions(workers=1))
+    file = out / "manifest.json" if out.is_dir() else out
+    content = bytearray(file.read_bytes())
+    place = content.rindex(b'"fingerprint"')
+    content[place] ^= 1
+    file.write_bytes(content)
+    for attempt in (
+        lambda: describe(out),
+        lambda: open_table(out, "items"),
+        lambda: run(Copy(items), out, RunOptions(workers=1)),
+    ):
+        with pytest.raises(PrerankError, match="damaged") as fault:
+            attempt()
+        assert fault.value.exit_code == 3
+    assert run(Copy(items), out, RunOptions(workers=1, overwrite=True)).status == "done"
+    assert describe(out, verify=True)["verified_files"]
 
 
 def test_a_part_cut_short_is_refused_by_the_next_stage(tmp_path: Path) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
+from PIL.Image import Image
 
 from prerank_tools.encoders.encode import Encoder
 from prerank_tools.encoders.loading import EmbedConfig, load_image, load_text
 from prerank_tools.encoders.pair_batches import FeatureContents, RawContents
 from prerank_tools.encoders.pair_frames import PairContents
-from prerank_tools.encoders.pictures import decode, load
+from prerank_tools.encoders.pictures import ImageError, decode, load
 from prerank_tools.encoders.pretrain import TrainEncoderConfig, neighbour_weight
 from prerank_tools.encoders.tower_folders import Towers
 from prerank_tools.encoders.tuning import tune
@@ -67,8 +70,10 @@ def tune_towers(towers: Towers, config: TrainEncoderConfig) -> None:
         towers.image.model = towers.text.model
 
 
-def raw_contents(found: PairContents, towers: Towers, config: TrainEncoderConfig) -> RawContents:
-    """Texts tokenised once; the main picture of each content decoded when a batch wants it."""
+def raw_contents(
+    found: PairContents, towers: Towers, config: TrainEncoderConfig, log: Callable[..., None]
+) -> RawContents:
+    """Texts tokenised once; the main picture of each content, where usable, decoded when a batch wants it."""
     ids: list[list[int]] = [[] for _ in found.texts]
     if towers.tokenizer is not None:
         limit = min(towers.tokenizer.max_tokens, config.text.max_tokens)
@@ -77,14 +82,20 @@ def raw_contents(found: PairContents, towers: Towers, config: TrainEncoderConfig
         for row, found_ids in zip(shown, tokens, strict=True):
             ids[row] = list(found_ids)
 
+    def picture(row: int) -> Image:
+        data, limits = load(found.images[row][0]), config.image
+        return decode(data, max_pixels=limits.max_pixels, max_bytes=limits.max_bytes)
+
     def pixels(row: int) -> np.ndarray:
         assert towers.pixels_of is not None
-        picture = decode(load(found.images[row][0]), max_pixels=config.image.max_pixels)
-        return towers.pixels_of([picture])[0]
+        return towers.pixels_of([picture(row)])[0]
 
-    has_image = np.array([bool(pictures) for pictures in found.images])
-    if towers.image is None:
-        has_image[:] = False
+    shown = [row for row, pictures in enumerate(found.images) if pictures and towers.image is not None]
+    usable = [row for row in shown if _is_usable(picture, row)]
+    if len(usable) < len(shown):
+        log("images left out", unreadable=len(shown) - len(usable))
+    has_image = np.zeros(len(found.images), dtype=bool)
+    has_image[usable] = True
     pad_id = towers.tokenizer.pad_id if towers.tokenizer else 0
     return RawContents(
         ids,
@@ -93,3 +104,11 @@ def raw_contents(found: PairContents, towers: Towers, config: TrainEncoderConfig
         pad_id,
         towers.tokenizer.fixed_length if towers.tokenizer else None,
     )
+
+
+def _is_usable(picture: Callable[[int], Image], row: int) -> bool:
+    try:
+        picture(row)
+    except ImageError:
+        return False
+    return True

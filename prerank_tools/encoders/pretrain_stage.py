@@ -213,7 +213,7 @@ class TrainEncoder(Stage):
         if words and towers.text is not None and towers.text.model is not None:
             train_new_rows(towers.text.model, len(words))
         encoder = ItemEncoder(towers.text, towers.image, self._fusion(text_dim, image_dim))
-        return encoder, raw_contents(found, towers, self.config), towers
+        return encoder, raw_contents(found, towers, self.config, ctx.log), towers
 
     def _fusion(self, text_dim: int, image_dim: int) -> Fusion:
         shape = self.config.fusion

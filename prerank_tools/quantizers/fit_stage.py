@@ -105,6 +105,16 @@ def _reference(
     return fit_stats(codes_NL, level_errors(other, out_ND, held_NL), quantizer.sizes)
 
 
+def trial_fits(rows: int, config: SidConfig) -> tuple[SidConfig, SidConfig]:
+    """For --dry-run: one iteration on the whole sample, for its memory; a quarter of it, for real codes."""
+    codes = max(_sizes(rows, config))
+    quarter = max(codes, (config.sample_rows or POINTS_PER_CODE * codes) // 4)
+    return (
+        config.model_copy(update={"iterations": 1}),
+        config.model_copy(update={"sample_rows": max(2, quarter)}),
+    )
+
+
 def sample_vectors(table: Table, limit: int, *, seed: int, known: pl.Series | None = None) -> np.ndarray:
     """At most `limit` vectors (N, D): those whose id has the smallest seeded hash, in the order of it.
 

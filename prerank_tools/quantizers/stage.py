@@ -16,7 +16,7 @@ from prerank_tools.quantizers.codebook import Codebook, Quantizer, load_codebook
 from prerank_tools.quantizers.collisions import Policy
 from prerank_tools.quantizers.drift import match_codebook
 from prerank_tools.quantizers.duplicates import row_hashes
-from prerank_tools.quantizers.fit_stage import SidConfig, fit_codebook, known_items, read_vectors
+from prerank_tools.quantizers.fit_stage import SidConfig, fit_codebook, known_items, read_vectors, trial_fits
 from prerank_tools.quantizers.publish_stage import Settled, hold_drift, ledger_to, settle
 from prerank_tools.quantizers.residuals import level_errors, prepared
 from prerank_tools.stage import Context, Part, Shard, Stage, Trial
@@ -99,8 +99,10 @@ class QuantizeSids(Stage):
         codebook.save(ctx.work / "codebook")
 
     def prepare_trials(self, ctx: Context, trials: Sequence[Trial]) -> None:
-        """One iteration over the sample of the fit: as much memory, codes nearly as evenly used."""
-        replace(self, config=self.config.model_copy(update={"iterations": 1})).prepare(ctx)
+        """The codebook named, or one from fits that take a third of the time."""
+        configs = (self.config,) if self.codebook else trial_fits(ctx.table("embeddings").rows, self.config)
+        for config in configs:
+            replace(self, config=config).prepare(ctx)
 
     def _fit(self, ctx: Context) -> Codebook:
         known = known_items(ctx.table("events"), self.until) if self.until is not None else None

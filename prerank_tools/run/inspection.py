@@ -9,6 +9,8 @@ from typing import Any
 from prerank_tools.errors import ContractError, UsageError
 from prerank_tools.run.commit import sha256
 from prerank_tools.run.manifest import Manifest, read_manifest
+from prerank_tools.run.seal import is_whole
+from prerank_tools.tables.parquet import read_faults
 
 SAME_RUN = ("timing", "invocation")
 
@@ -32,7 +34,8 @@ def describe(path: Path, *, verify: bool = False, compare_to: Path | None = None
 def _manifest(path: Path) -> Manifest:
     if not path.exists():
         raise UsageError(f"{path}: no such file or folder", "name an output of prerank")
-    manifest = read_manifest(path)
+    with read_faults(str(path)):
+        manifest = read_manifest(path)
     if manifest is None:
         raise ContractError(f"{path}: holds no manifest", "is it an output of prerank, and finished?")
     return manifest
@@ -40,7 +43,8 @@ def _manifest(path: Path) -> Manifest:
 
 def _verify(path: Path, manifest: Manifest) -> int:
     if path.is_file():
-        _read_through(path)
+        if not is_whole(path):
+            raise _damaged(path)
         return 1
     listed = [
         *manifest.outputs.get("parts", []),
@@ -52,23 +56,14 @@ def _verify(path: Path, manifest: Manifest) -> int:
         if not place.is_file():
             raise ContractError(f"{place}: missing", "write the output again with --overwrite")
         if place.stat().st_size != file["bytes"] or sha256(place) != file["sha256"]:
-            raise ContractError(
-                f"{place}: its bytes are not those that were written",
-                "write the output again with --overwrite",
-            )
+            raise _damaged(place)
     return len(listed)
 
 
-def _read_through(path: Path) -> None:
-    import polars as pl
-
-    try:
-        pl.read_parquet(path, glob=False)
-    except pl.exceptions.PolarsError as fault:
-        raise ContractError(
-            f"{path}: cannot be read ({str(fault).splitlines()[0]})",
-            "write the output again with --overwrite",
-        ) from fault
+def _damaged(path: Path) -> ContractError:
+    return ContractError(
+        f"{path}: its bytes are not those that were written", "write the output again with --overwrite"
+    )
 
 
 def _differences(one: Manifest, other: Manifest) -> Iterator[tuple[str, list[Any]]]:

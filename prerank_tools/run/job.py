@@ -13,8 +13,10 @@ from functools import partial
 from pathlib import Path
 from uuid import uuid4
 
+import polars as pl
+
 from prerank_tools.engines import torchrun
-from prerank_tools.errors import ConflictError, PrerankError, RetryError, UsageError
+from prerank_tools.errors import ConflictError, ContractError, PrerankError, RetryError, UsageError
 from prerank_tools.run.dry_run import conflict, dry_run
 from prerank_tools.run.estimate import PeakMemory
 from prerank_tools.run.gates import compare
@@ -77,7 +79,7 @@ def _context(stage: Stage, out: Path, options: RunOptions) -> Context:
 
 
 def _locked(stage: Stage, out: Path, ctx: Context, options: RunOptions, work: str, single: bool) -> Result:
-    published = read_manifest(out) if out.exists() else None
+    published = _published(out, options)
     if published and published.fingerprint == work:
         shutil.rmtree(ctx.work, ignore_errors=True)
         torchrun.announce(None)
@@ -92,6 +94,16 @@ def _locked(stage: Stage, out: Path, ctx: Context, options: RunOptions, work: st
     except OSError as fault:
         raise _disk_fault(fault, ctx.work) from fault
     return Result("done", out, manifest)
+
+
+def _published(out: Path, options: RunOptions) -> Manifest | None:
+    """What is there already; what cannot be read is nothing, where it may be replaced."""
+    try:
+        return read_manifest(out) if out.exists() else None
+    except (ContractError, pl.exceptions.PolarsError, pl.exceptions.PanicException):
+        if options.overwrite:
+            return None
+        raise
 
 
 def _follow(stage: Stage, out: Path, ctx: Context, options: RunOptions) -> Result:

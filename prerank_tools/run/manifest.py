@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from prerank_tools.errors import ContractError
 from prerank_tools.stage import Context, Stage
 from prerank_tools.tables.table import Folder, Table
 from prerank_tools.version import VERSION
@@ -100,12 +101,18 @@ def cpu_model() -> str:
 
 
 def read_manifest(out: Path) -> Manifest | None:
-    """The manifest of a published output, None where there is none."""
+    """The manifest of a published output, None where there is none.
+
+    Raises ContractError where it cannot be read.
+    """
     from prerank_tools.tables.parquet import read_footer
 
-    if (out / "manifest.json").is_file():
-        return Manifest.model_validate_json((out / "manifest.json").read_text())
-    if out.is_file() and out.suffix == ".parquet":
-        record = read_footer(out).get("manifest")
-        return Manifest.model_validate(record) if record else None
+    try:
+        if (out / "manifest.json").is_file():
+            return Manifest.model_validate_json((out / "manifest.json").read_bytes())
+        if out.is_file() and out.suffix == ".parquet":
+            record = read_footer(out).get("manifest")
+            return Manifest.model_validate(record) if record else None
+    except ValueError as fault:
+        raise ContractError(f"{out}: its manifest is damaged", "write it again with --overwrite") from fault
     return None

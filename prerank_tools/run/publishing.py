@@ -10,6 +10,7 @@ from typing import Any
 
 from prerank_tools.run.commit import commit_file, commit_json, publish, sha256
 from prerank_tools.run.manifest import Manifest
+from prerank_tools.run.seal import BLANK, KEY, seal
 from prerank_tools.stage import Context, Stage
 from prerank_tools.tables.parquet import concat_parquet
 
@@ -71,7 +72,7 @@ def publish_output(stage: Stage, ctx: Context, manifest: Manifest, out: Path, si
         whole.parent.mkdir(exist_ok=True)
         parts = [ctx.work / part["path"] for part in manifest.outputs["parts"]]
         record = manifest.model_dump(mode="json")
-        footer = {**stage.footer(), "manifest": record}
+        footer = {**stage.footer(), "manifest": record, KEY: BLANK}
         concat_parquet(
             parts,
             whole,
@@ -79,6 +80,7 @@ def publish_output(stage: Stage, ctx: Context, manifest: Manifest, out: Path, si
             compression=stage.compression,
             metadata=footer,
         )
+        seal(whole)
         publish(whole, out)
         shutil.rmtree(ctx.work)
         return

@@ -95,4 +95,7 @@ def footer(contract: str, metadata: Mapping[str, Any] | None) -> dict[str, Any]:
 def read_footer(path: Path) -> dict[str, Any]:
     """The footer entry that `write_parquet` left, {} where there is none."""
     text = pl.read_parquet_metadata(path).get(KEY)
-    return json.loads(text) if text else {}
+    try:
+        return json.loads(text) if text else {}
+    except ValueError as fault:
+        raise ContractError(f"{path}: its footer is damaged", "write the file again") from fault

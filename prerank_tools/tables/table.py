@@ -250,7 +250,10 @@ def _large_file_digest(file: Path) -> bytes:
 
 def _read_manifest(path: Path) -> dict[str, Any] | None:
     if path.is_dir() and (path / "manifest.json").is_file():
-        manifest = json.loads((path / "manifest.json").read_text())
+        try:
+            manifest = json.loads((path / "manifest.json").read_text())
+        except ValueError as fault:
+            raise ContractError(f"{path}: its manifest is damaged", "write the output again") from fault
         return manifest if "content_digest" in manifest else None
     if path.is_file() and path.suffix == ".parquet":
         return read_footer(path).get("manifest")
