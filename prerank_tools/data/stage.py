@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,13 +15,14 @@ import polars as pl
 from prerank_tools.data.baskets import held_out
 from prerank_tools.errors import ContractError, UsageError
 from prerank_tools.stage import Context, Part, Shard, Stage
-from prerank_tools.tables.bucketing import default_buckets, layout, part_number
+from prerank_tools.tables.bucketing import bucket_of, default_buckets, layout, part_number
 from prerank_tools.tables.contracts import split_rows
 from prerank_tools.tables.events import ORDER, EventLog, open_events, sort_rows
+from prerank_tools.tables.parquet import write_parquet
 from prerank_tools.tables.partition import gather, gather_bad, memory_of, scatter
 from prerank_tools.tables.table import Table
 
-SORTED_SHARE = 0.8  # of the bytes of the same rows unsorted (benchmarks/results/partition.md)
+WEIGHED_ROWS, WEIGHED_BUCKETS = 1 << 18, 4  # that --dry-run sorts and writes to see what they weigh
 ROW_NAME = {"events": "item_id", "requests": "request_id"}  # what tells rows of one user and time apart
 
 
@@ -123,13 +125,30 @@ class Partition(Stage):
         return max((time for time in times if time is not None), default=None)
 
     def estimate(self, ctx: Context, shards: Sequence[Shard]) -> Mapping[str, Any]:
-        """Rows in all, bytes of the new parts, and the memory of one run or of the largest bucket."""
+        """Rows in all, bytes of the new parts (some are weighed), memory of one run or the largest bucket."""
         table = ctx.table("rows")
         return {
             "rows_out": sum(shard.rows for shard in shards),
-            "bytes_out": int(sum(size for _, size, _ in table.stamps) * SORTED_SHARE),
+            "bytes_out": self._weight(ctx),
             "memory_bytes": memory_of(table, by=self.by, buckets=self._buckets(ctx)),
         }
+
+    def _weight(self, ctx: Context) -> int:
+        """Bytes of the new parts, from the first rows of some buckets."""
+        table, buckets = ctx.table("rows"), self._buckets(ctx)
+        head = table.scan().head(WEIGHED_ROWS).drop_nulls(self.by).collect()
+        bucket_N, some = bucket_of(head[self.by], buckets), min(buckets, WEIGHED_BUCKETS)
+        watermark, size = ctx.table("earlier").data_cutoff if self.append_to else None, 0
+        with TemporaryDirectory(prefix="prerank-") as folder:
+            for bucket in range(some):
+                frame = sort_rows(head.filter(bucket_N == bucket), (self.by, "timestamp"))
+                late = _late_users(frame, self.by, watermark)
+                for made, contract in ((frame, self.contract), (late, "")):
+                    if len(made) or contract:
+                        path = Path(folder) / "part.parquet"
+                        write_parquet(made, path, contract=contract, compression=self.compression)
+                        size += path.stat().st_size
+        return round(size * buckets / some * table.rows / max(len(head), 1))
 
     @property
     def output(self) -> str:  # type: ignore[override]

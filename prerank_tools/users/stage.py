@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -12,7 +12,7 @@ import polars as pl
 import torch
 
 from prerank_tools.errors import ContractError, UsageError
-from prerank_tools.stage import Context, Part, Shard, Stage
+from prerank_tools.stage import Context, Part, Shard, Stage, Trial
 from prerank_tools.tables.bucketing import Bucketed, bucketed
 from prerank_tools.tables.events import EventLog, bucket_requests, open_events
 from prerank_tools.tables.table import Table
@@ -96,6 +96,13 @@ class EmbedUsers(Stage):
 
     def plan(self, ctx: Context) -> Sequence[Shard]:
         return _log(ctx).shards()
+
+    def trials(self, ctx: Context, shards: Sequence[Shard]) -> Sequence[Trial]:
+        """Buckets hold about as many users each, whatever their events."""
+        trials = super().trials(ctx, shards)
+        if len(trials) == len(shards):
+            return trials
+        return [replace(trial, times=len(shards) if trial.times else 0) for trial in trials]
 
     def process(self, shard: Shard, ctx: Context) -> Part:
         bucket = int(shard.extra["bucket"])
