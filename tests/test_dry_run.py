@@ -151,6 +151,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in LINES]
 )
 def test_what_is_planned_happens_within_a_quarter(world: World, name: str) -> None:
+    if name == "gsu":  # compiled by whoever comes first on a machine: that is neither planned nor repeated
+        world.run(LINES[name].replace("requests requests", "requests asked"), "compiled")
     out = "out_" + name.replace(" ", "_").replace(",", "")
     planned, _ = world.run(LINES[name], out, "--dry-run")
     assert planned["status"] == "planned"

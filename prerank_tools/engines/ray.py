@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import signal
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from prerank_tools.errors import PrerankError, RetryError, UsageError
 from prerank_tools.stage import Shard
 
+WAKE_SECONDS = 1.0
 RETRIES = 3  # times a shard is tried elsewhere after its actor was lost
 
 
@@ -32,36 +35,62 @@ def map_shards(
     ray = _connect()
     cpus = min(threads, int(ray.cluster_resources().get("CPU", threads)))
     remote = ray.remote(num_cpus=cpus, num_gpus=1 if gpus else 0, max_restarts=0)(_Worker)
-    handed, folder = ray.put(task), str(Path.cwd())
+    handed, folder, number = ray.put(task), str(Path.cwd()), itertools.count()
     waiting = sorted(shards, key=lambda shard: (-shard.rows, shard.index))
     tries = {shard.index: 0 for shard in shards}
     busy: dict[Any, tuple[Any, Shard]] = {}
-    number = itertools.count()
     idle = [remote.remote(handed, folder, next(number)) for _ in range(min(workers, len(waiting)))]
-    while waiting or busy:
-        while waiting and idle:
-            actor, shard = idle.pop(), waiting.pop(0)
-            busy[actor.run.remote(shard)] = (actor, shard)
-        finished, _ = ray.wait(list(busy), num_returns=1)
-        actor, shard = busy.pop(finished[0])
-        try:
-            record = ray.get(finished[0])
-        except ray.exceptions.RayActorError as fault:
-            tries[shard.index] += 1
-            if tries[shard.index] > RETRIES:
-                raise RetryError(
-                    f"shard {shard.index} lost its actor {RETRIES + 1} times",
-                    "out of memory? run the line again",
-                ) from fault
-            waiting.insert(0, shard)
-            idle.append(remote.remote(handed, folder, next(number)))
-            continue
-        except ray.exceptions.RayTaskError as fault:
-            if isinstance(fault.cause, PrerankError):
-                raise fault.cause from None
-            raise
-        idle.append(actor)
-        yield record
+    with _held_signals() as heard:
+        while waiting or busy:
+            while waiting and idle:
+                actor, shard = idle.pop(), waiting.pop(0)
+                busy[actor.run.remote(shard)] = (actor, shard)
+            finished, _ = ray.wait(list(busy), num_returns=1, timeout=WAKE_SECONDS)
+            heard()
+            if not finished:
+                continue
+            actor, shard = busy.pop(finished[0])
+            try:
+                record = ray.get(finished[0])
+            except ray.exceptions.RayActorError as fault:
+                tries[shard.index] += 1
+                if tries[shard.index] > RETRIES:
+                    raise RetryError(
+                        f"shard {shard.index} lost its actor {RETRIES + 1} times",
+                        "out of memory? run the line again",
+                    ) from fault
+                waiting.insert(0, shard)
+                idle.append(remote.remote(handed, folder, next(number)))
+                continue
+            except ray.exceptions.RayTaskError as fault:
+                if isinstance(fault.cause, PrerankError):
+                    raise fault.cause from None
+                raise
+            idle.append(actor)
+            yield record
+
+
+@contextmanager
+def _held_signals() -> Iterator[Callable[[], None]]:
+    """Keep SIGTERM and Ctrl-C until the function it gives is called: Ray's wait loses an exception in it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+    kept: list[tuple[int, Any]] = []
+    handlers: dict[int, Any] = {
+        number: signal.signal(number, lambda number, frame: kept.append((number, frame)))
+        for number in (signal.SIGTERM, signal.SIGINT)
+    }
+
+    def heard() -> None:
+        if kept:
+            handlers[kept[0][0]](*kept[0])
+
+    try:
+        yield heard
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 class _Worker:
@@ -88,7 +117,7 @@ def _connect() -> Any:
             os.environ.get("RAY_ADDRESS", "local"),
             include_dashboard=False,
             log_to_driver=False,
-            logging_level="ERROR",
+            logging_level=logging.ERROR,
             configure_logging=False,
         )
         if threading.current_thread() is threading.main_thread():

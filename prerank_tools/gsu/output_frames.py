@@ -14,6 +14,7 @@ from prerank_tools.gsu.search_numba import count_tiers
 from prerank_tools.tables.vectors import numpy_to_vectors
 
 Emit = Literal["topk", "simtier", "both"]
+LIST_COLUMNS, TIER_COLUMNS = ("behavior_ids", "positions", "sims"), ("simtier", "simtier_recent")
 
 
 def gsu_frame(search: Search, found: TopK, has_vector_M: np.ndarray, emit: Emit) -> pl.DataFrame:

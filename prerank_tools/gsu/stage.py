@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import polars as pl
@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from prerank_tools.errors import ContractError, UsageError
 from prerank_tools.gsu.frames import Search, flat_requests, search_of
 from prerank_tools.gsu.modes import topk_by_ids, topk_by_prefix
-from prerank_tools.gsu.output_frames import Emit, gsu_frame
+from prerank_tools.gsu.output_frames import LIST_COLUMNS, TIER_COLUMNS, Emit, gsu_frame
 from prerank_tools.gsu.search import TopK, topk
 from prerank_tools.gsu.simtier import TIERS
 from prerank_tools.gsu.two_step import Index, Recall, TwoStepConfig, topk_two_step
@@ -201,11 +201,12 @@ class GsuTopK(Stage):
         with TemporaryDirectory(prefix="prerank-") as folder:
             trial = replace(ctx, work=Path(folder))
             self.prepare_trials(trial, [Trial(piece, 1)])
-            for emit in get_args(Emit):
-                frame, path = replace(self, emit=emit).process(piece, trial).frame, Path(folder, emit)
-                if frame is not None and len(frame):
-                    write_parquet(frame, path, contract=self.output, compression=self.compression)
-                    found[f"emit {emit}"] = round(path.stat().st_size * rows / len(frame))
+            frame = replace(self, emit="both").process(piece, trial).frame
+            assert frame is not None
+            for emit, others in (("topk", TIER_COLUMNS), ("simtier", LIST_COLUMNS), ("both", ())):
+                path = Path(folder, emit)
+                write_parquet(frame.drop(others), path, contract=self.output, compression=self.compression)
+                found[f"emit {emit}"] = round(path.stat().st_size * rows / max(len(frame), 1))
         return found
 
     def prepare_trials(self, ctx: Context, trials: Sequence[Trial]) -> None:

@@ -20,6 +20,18 @@ from tests.toy import Copy, Dying, Number, tree, write_items
 pytestmark = pytest.mark.ray
 RAY = RunOptions(workers=2, threads=1, engine="ray")
 ROOT = Path(__file__).parent.parent.parent
+# Read by every process at its start: an actor is a fresh interpreter that meets the real command.
+WAITING = """
+import os, sys, time
+from pathlib import Path
+if any("default_worker.py" in word for word in sys.orig_argv):
+    from prerank_tools.encoders.stage import EmbedItems
+    process = EmbedItems.process
+    def waiting(self, shard, ctx):
+        Path(os.environ["WAITING_FOLDER"], f"actor{os.getpid()}").touch()
+        time.sleep(300)
+    EmbedItems.process = waiting
+"""
 
 
 @pytest.fixture(scope="module")
@@ -122,3 +134,32 @@ def test_a_cluster_of_two_nodes_embeds_items(tmp_path: Path) -> None:
         embed(items, tmp_path / "one", "local", environment)
         embed(items, tmp_path / "two", "ray", environment)
     assert tree(tmp_path / "one", below="data") == tree(tmp_path / "two", below="data")
+
+
+def test_sigterm_under_ray_leaves_with_143(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    items = tmp_path / "items"
+    for part in range(4):
+        write_items(items / f"part-{part}.parquet", 20, first=20 * part)
+    (tmp_path / "sitecustomize.py").write_text(WAITING)
+    line = ["embed", "items", str(items), "-o", str(tmp_path / "emb"), "--engine", "ray", "--workers", "2"]
+    paths = os.pathsep.join([str(tmp_path), str(ROOT)])
+    job = subprocess.Popen(
+        [sys.executable, "-m", "prerank_cli", *line, "--threads", "1"],
+        env={**os.environ, "PYTHONPATH": paths, "WAITING_FOLDER": str(tmp_path)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 180
+    while not list(tmp_path.glob("actor*")):
+        assert time.monotonic() < deadline and job.poll() is None
+        time.sleep(0.1)
+    job.terminate()
+    _, errors = job.communicate(timeout=90)
+    assert job.returncode == 143, errors
+    assert errors.splitlines()[-1] == "hint: run the same line again: finished shards stay"
+    assert not (tmp_path / "emb").exists() and (tmp_path / ".emb.partial/plan.json").exists()
+    actors = [int(path.name.removeprefix("actor")) for path in tmp_path.glob("actor*")]
+    while any(Path(f"/proc/{pid}").exists() for pid in actors):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
