@@ -20,7 +20,7 @@ import pytest
 from benchmarks import generate
 
 ROOT = Path(__file__).parent.parent
-ROWS, DIM, ITEMS, USERS = 120_000, 64, 20_000, 6_000
+ROWS, DIM, ITEMS, USERS = 120_000, 64, 20_011, 6_000  # a prime: candidates are then distinct
 END = generate.START + generate.DAYS * generate.DAY
 CUT = generate.START + 20 * generate.DAY
 KNOBS = """
