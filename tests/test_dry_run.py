@@ -61,7 +61,7 @@ MADE = {
     "made_scorer": "train scorer --requests learn --events few --items items --embeddings catalogue "
     "--config knobs.toml",
 }
-QUICK = ("features", "gsu", "sid, frozen", "vectors")  # a prepare, a search, a reduce, plain rows
+QUICK = ("features", "gsu", "sid, frozen")  # a prepare, a search, a reduce; the others take minutes
 
 
 class World:

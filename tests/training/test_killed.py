@@ -115,7 +115,10 @@ def attempt(world: Path, line: str, runs: list[tuple[int, str]]) -> list[list[st
     return found
 
 
-@pytest.mark.parametrize("name", LINES)
+# The other two are stopped in their own stages' tests as well.
+@pytest.mark.parametrize(
+    "name", ["scorer", "quantizer", *(pytest.param(n, marks=pytest.mark.slow) for n in ("user", "encoder"))]
+)
 def test_a_killed_training_ends_in_the_same_weights(world: Path, name: str) -> None:
     ((word, code, saved),) = attempt(world, LINES[name], [(0, f"{name}_calm")])
     assert (word, code) == ("ended", "0") and int(saved) >= 3
