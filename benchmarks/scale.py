@@ -1,10 +1,13 @@
 """Stages at 1 M and 10 M rows in one process: peak anonymous memory, CPU a row, time outside of compute.
 
-    python benchmarks/scale.py --data FOLDER --sizes 1000000 10000000 --repeats 5 --out results/scale.md
+    python benchmarks/scale.py --data FOLDER --generate
+    python benchmarks/scale.py --data FOLDER --lines "quantize sid" --repeats 5 --found runs.jsonl
+    python benchmarks/scale.py --data FOLDER --extremes --found runs.jsonl
+    python benchmarks/scale.py --report runs.jsonl --out results/scale.md
 
-`--data` is a folder for what is generated (5 GB at 10 M items); it is emptied afterwards. Every run is a
-fresh process with `--workers 1`. The process that measures reads RssAnon of the one that works every 20 ms;
-mapped files are not in it.
+`--data` is a folder for what is generated (12 GB at 10 M). Every run is a fresh process with `--workers 1`
+and one line of `--found`, so that lines may be measured side by side, each on cores of its own. The process
+that measures reads RssAnon of the one that works every 20 ms; mapped files are not in it.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -35,48 +38,59 @@ LINES = {
     "quantize sid": "quantize sid {embeddings} --codebook {codebook}",
     "export vectors": "export vectors {embeddings} --format int8",
     "gsu topk": "gsu topk --requests {requests} --events {log} --embeddings {catalogue}",
-    "embed users": "embed users --events {events} --embeddings {catalogue} --model {user_model} "
+    "embed users": "embed users --events {history} --embeddings {catalogue} --model {user_model} "
     f"--as-of {AS_OF}",
     "data features": "data features --events {events} --requests {asked}",
+}
+MODULES = {
+    "quantize sid": "prerank_tools.quantizers.stage",
+    "export vectors": "prerank_tools.precision.stage",
+    "gsu topk": "prerank_tools.gsu.stage",
+    "embed users": "prerank_tools.users.stage",
+    "data features": "prerank_tools.features.stage",
 }
 UNIT = {"quantize sid": "items", "export vectors": "items", "gsu topk": "pairs"}
 
 
 def main() -> None:
-    """Generate, run every line at every size, then the two extremes, and write the table."""
+    """Generate, measure or report, as the command line says."""
     if sys.argv[1:2] == ["--work"]:
         work(sys.argv[2:])
         return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--data", type=Path, default=Path("scale_data"))
     parser.add_argument("--sizes", type=int, nargs="+", default=[1_000_000, 10_000_000])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--lines", nargs="+", default=list(LINES), choices=list(LINES))
+    parser.add_argument("--lines", nargs="*", default=[], choices=list(LINES))
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--found", type=Path, help="JSON lines of earlier runs to report as well; added to")
+    parser.add_argument("--generate", action="store_true", help="make the inputs of --lines (all by default)")
+    parser.add_argument("--extremes", action="store_true")
+    parser.add_argument(
+        "--found", type=Path, default=Path("runs.jsonl"), help="one JSON line a run, added to"
+    )
+    parser.add_argument("--report", type=Path, help="JSON lines of runs to make --out of")
+    parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    arguments.data.mkdir(parents=True, exist_ok=True)
-    shared = prepare(arguments.data / "shared")
-    found = [json.loads(line) for line in arguments.found.open()] if _exists(arguments.found) else []
+    if arguments.report:
+        arguments.out.write_text(report([json.loads(line) for line in arguments.report.open()]))
+        return
+    if arguments.generate:
+        prepare(arguments.data / "shared")
+        for size in arguments.sizes:
+            for name in arguments.lines or LINES:
+                inputs(name, size, arguments.data)
+        return
     for size in arguments.sizes:
         for name in arguments.lines:
-            row = measure(name, size, shared, arguments)
-            found.append(row)
-            print(json.dumps(row), flush=True)
-            if arguments.found:
-                with arguments.found.open("a") as lines:
-                    lines.write(json.dumps(row) + "\n")
-            arguments.out.write_text(report(found, arguments))
-        shutil.rmtree(arguments.data / str(size), ignore_errors=True)
-    if arguments.lines == list(LINES):
-        found += extremes(arguments.data / "extremes", shared, arguments)
-    arguments.out.write_text(report(found, arguments))
-    shutil.rmtree(arguments.data)
+            measure(name, size, arguments)
+    if arguments.extremes:
+        extremes(arguments)
 
 
-def _exists(path: Path | None) -> bool:
-    return path is not None and path.exists()
+def note(arguments: argparse.Namespace, row: dict[str, Any]) -> None:
+    """Add one run to the lines found."""
+    with arguments.found.open("a") as lines:
+        lines.write(json.dumps({"machine": machine(), "threads": arguments.threads, **row}) + "\n")
 
 
 def prerank(line: str, out: Path, *more: str) -> dict[str, Any]:
@@ -99,38 +113,47 @@ def prepare(folder: Path) -> dict[str, Path]:
     return paths
 
 
-def inputs(name: str, size: int, folder: Path, shared: dict[str, Path]) -> dict[str, Path]:
+def inputs(name: str, size: int, data: Path) -> dict[str, Path]:
     """Paths of a line's inputs at one size, generated when first asked for."""
-    paths = {**shared, **{key: folder / key for key in ("embeddings", "events", "log", "requests", "asked")}}
-    makers: dict[str, Callable[[], object]] = {
-        "embeddings": lambda: generate.embeddings(paths["embeddings"], size),
-        "events": lambda: generate.events(paths["events"], size),
-        "requests": lambda: generate.requests(paths["requests"], size),
-        "asked": lambda: generate.requests(paths["asked"], size // 5, users=size // 20),
-        "log": lambda: partitioned(folder, size),
+    folder = data / str(size)
+    own = ("embeddings", "events", "history", "log", "requests", "asked")
+    paths = {**prepare(data / "shared"), **{key: folder / key for key in own}}
+    users = size // generate.CANDIDATES
+    makers: dict[str, Callable[[Path], object]] = {
+        "embeddings": lambda to: generate.embeddings(to, size),
+        "events": lambda to: generate.events(to, size),
+        "requests": lambda to: generate.requests(to, size),
+        "asked": lambda to: generate.requests(to, size // 5, users=size // 20),
+        "history": lambda to: partitioned(to, size),
+        "log": lambda to: partitioned(to, 200 * users, users=users),
     }
     for key, make in makers.items():
         if f"{{{key}}}" in LINES[name] and not paths[key].exists():
-            make()
+            unfinished = folder / f"making-{key}"
+            shutil.rmtree(unfinished, ignore_errors=True)
+            make(unfinished)
+            unfinished.rename(paths[key])
     return paths
 
 
-def partitioned(folder: Path, size: int) -> None:
-    """A log with some 200 events a user that asks, in buckets of users."""
-    users = size // generate.CANDIDATES
-    generate.events(folder / "raw", 200 * users, users=users)
-    prerank(f"data partition {folder / 'raw'}", folder / "log")
-    shutil.rmtree(folder / "raw")
+def partitioned(to: Path, size: int, *, users: int = 0) -> None:
+    """A log in buckets of users; for `gsu topk` of some 200 events a user that asks."""
+    raw = to.with_name(to.name + "-raw")
+    shutil.rmtree(raw, ignore_errors=True)
+    generate.events(raw, size, users=users)
+    prerank(f"data partition {raw}", to)
+    shutil.rmtree(raw)
 
 
-def measure(name: str, size: int, shared: dict[str, Path], arguments: argparse.Namespace) -> dict[str, Any]:
-    """One line at one size: what the dry run says, then the median of the repeats."""
-    folder = arguments.data / str(size)
-    line = LINES[name].format(**inputs(name, size, folder, shared))
-    planned = prerank(line, folder / "planned", "--dry-run", "--workers", "1")
-    runs = [watched(line, folder / "out", arguments.threads) for _ in range(arguments.repeats)]
-    middle = {key: median(run[key] for run in runs) for key in runs[0]}
-    return {"line": name, "unit": UNIT.get(name, "events"), "size": size, "planned": planned, **middle}
+def measure(name: str, size: int, arguments: argparse.Namespace) -> None:
+    """One line at one size: what the dry run says, then the repeats."""
+    line = LINES[name].format(**inputs(name, size, arguments.data))
+    out = arguments.data / "out" / f"{name.replace(' ', '-')}-{size}"
+    planned = prerank(line, out, "--dry-run", "--workers", "1")
+    for _ in range(arguments.repeats):
+        row = {"line": name, "size": size, "planned": planned, **watched(line, out, arguments.threads)}
+        note(arguments, row)
+    shutil.rmtree(out)
 
 
 def watched(line: str, out: Path, threads: int) -> dict[str, float]:
@@ -190,11 +213,11 @@ def work(words: list[str]) -> None:
         function = getattr(owner, name)
 
         def call_timed(*arguments: Any, **options: Any) -> Any:
-            started = time.perf_counter()
+            started, before = time.perf_counter(), clocks[clock]
             try:
                 return function(*arguments, **options)
             finally:
-                clocks[clock] += time.perf_counter() - started
+                clocks[clock] = before + time.perf_counter() - started  # a call inside counts once
 
         setattr(owner, name, call_timed)
 
@@ -216,6 +239,7 @@ def work(words: list[str]) -> None:
     timed(commit, "flush", "fsync")
     spanned("_map", "map")
     spanned("_reduce", "reduce")
+    import_module(MODULES[" ".join(words[:2])])
     begun = cpu_seconds()
     sys.stdout, stdout = sys.stderr, sys.stdout
     code = call(words)
@@ -230,10 +254,11 @@ def cpu_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def extremes(folder: Path, shared: dict[str, Path], arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """One request with 100,000 candidates, and a user with a million events: both through `gsu topk`."""
+def extremes(arguments: argparse.Namespace) -> None:
+    """One request with 100,000 candidates, and a user with a million events."""
     import polars as pl
 
+    shared, folder = prepare(arguments.data / "shared"), arguments.data / "extremes"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     generate.events(folder / "events", 200_000, users=1_000)
@@ -245,47 +270,69 @@ def extremes(folder: Path, shared: dict[str, Path], arguments: argparse.Namespac
     generate.requests(folder / "asked", 200, users=1)
     asked = folder / "asked/part-0000.parquet"
     pl.read_parquet(asked).with_columns(user_id=pl.lit(7, dtype=pl.Int64)).write_parquet(asked)
+    wide, heavy_log = (
+        {"requests": folder / "wide", "log": folder / "events"},
+        {"log": heavy, "history": heavy},
+    )
     lines = {
-        "gsu topk, a request of 100,000 candidates": LINES["gsu topk"].format(
-            requests=folder / "wide", log=folder / "events", **shared
-        ),
+        "gsu topk, a request of 100,000 candidates": LINES["gsu topk"].format(**wide, **shared),
         "gsu topk, a user of 1,000,000 events": LINES["gsu topk"].format(
-            requests=folder / "asked", log=heavy, **shared
+            requests=folder / "asked", **heavy_log, **shared
         ),
-        "embed users, a user of 1,000,000 events": LINES["embed users"].format(events=heavy, **shared),
+        "embed users, a user of 1,000,000 events": LINES["embed users"].format(**heavy_log, **shared),
+        "data features, a user of 1,000,000 events": LINES["data features"].format(
+            events=heavy, asked=folder / "asked"
+        ),
     }
-    found = []
     for name, line in lines.items():
-        row = {"line": name, "unit": "", "size": 0, "planned": {}, **watched(line, folder / "out", 2)}
-        print(json.dumps(row), flush=True)
-        found.append(row)
-    return found
+        for _ in range(arguments.repeats):
+            row = watched(line, folder / "out", arguments.threads)
+            note(arguments, {"line": name, "size": 0, "planned": {}, **row})
 
 
-def report(found: list[dict[str, Any]], arguments: argparse.Namespace) -> str:
+def middles(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row a line and size, in the order of the table: the medians of its runs and how many there were."""
+    order = list(LINES)
+    runs: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in found:
+        runs.setdefault((row["line"], row["size"]), []).append(row)
+    middle = [
+        {
+            key: median(run[key] for run in own) if isinstance(value, float | int) else value
+            for key, value in own[0].items()
+        }
+        | {"runs": len(own), "cpu_spread": (min(run["cpu"] for run in own), max(run["cpu"] for run in own))}
+        for own in runs.values()
+    ]
+    return sorted(
+        middle, key=lambda r: (order.index(r["line"]) if r["line"] in order else len(order), r["size"])
+    )
+
+
+def report(found: list[dict[str, Any]]) -> str:
     """The Markdown of results/scale.md."""
-    sized = sorted(
-        (row for row in found if row["size"]), key=lambda r: (list(LINES).index(r["line"]), r["size"])
-    )
-    versions = ", ".join(
-        f"{name} {metadata.version(name)}" for name in ("torch", "polars", "faiss-cpu", "numba")
-    )
+    rows = middles(found)
+    sized = [row for row in rows if row["size"]]
     head = HEAD.format(
-        command=" ".join(["python", *sys.argv]).replace(f"{arguments.data}", "FOLDER"),
-        date=f"{datetime.now(UTC):%Y-%m-%d}",
-        cpu=cpu(),
-        cores=os.cpu_count(),
-        python=platform.python_version(),
-        versions=versions,
-        repeats=arguments.repeats,
-        load=os.getloadavg()[1],
+        date=f"{datetime.now(UTC):%Y-%m-%d}", threads=found[0]["threads"], **found[0]["machine"]
     )
     text = [head, TABLE, *(sized_line(row) for row in sized), "", GROWTH, *growth(sized), "", PLANNED]
     text += [planned_line(row) for row in sized]
-    single = [row for row in found if not row["size"]]
+    single = [row for row in rows if not row["size"]]
     if single:
         text += ["", SINGLE, *(single_line(row) for row in single)]
     return "\n".join([*text, ""])
+
+
+def machine() -> dict[str, Any]:
+    """What ran it."""
+    names = ("torch", "polars", "numba")
+    return {
+        "cpu": cpu(),
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "versions": ", ".join(f"{name} {metadata.version(name)}" for name in names),
+    }
 
 
 def sized_line(row: dict[str, Any]) -> str:
@@ -293,10 +340,12 @@ def sized_line(row: dict[str, Any]) -> str:
     outside = [row[key] / max(row["seconds"], 1e-9) for key in ("read", "write", "fsync")]
     outside[1] -= outside[2]  # writing holds its own flushes
     cells = [
-        f"{row['line']}, {row['size'] / 1e6:g} M {row['unit']}",
+        f"{row['line']}, {row['size'] / 1e6:g} M {UNIT.get(row['line'], 'events')}",
+        f"{row['runs']}",
         f"{row['seconds']:.1f}",
         f"{row['cpu']:.1f}",
-        f"{1e6 * row['cpu'] / row['size']:.2f}",
+        f"{1e6 * row['cpu'] / row['size']:.2f} ({row['cpu_spread'][0] / row['cpu']:.2f} to "
+        f"{row['cpu_spread'][1] / row['cpu']:.2f})",
         f"{row['map_mb']:,.0f}",
         f"{row['reduce_mb']:,.0f}",
         " / ".join(f"{100 * max(share, 0):.0f} %" for share in outside),
@@ -354,17 +403,18 @@ def cpu() -> str:
 
 HEAD = """# One process at 1 M and 10 M rows
 
-`{command}`, {date}. {cpu}, {cores} cores (load {load:.0f} from other work: trust CPU seconds and ratios, not
-seconds), Python {python}, {versions}, seed 0. Medians of {repeats} runs, each a fresh process with
-`--workers 1 --threads 2`.
+The commands at the head of `benchmarks/scale.py`, {date}. {cpu}, each line pinned to {cores} cores
+of its own, Python {python}, {versions}, seed 0. Medians of so many runs, each a fresh process
+with `--workers 1 --threads {threads}`.
 
 Items are 256-d fp16 vectors around 1,000 centres; events have Zipf users (a twentieth as many ids, one user
 with 1 % of all) over 100,000 items in 30 daily parts; requests have 200 candidates, against some 200 events a
-user that `data partition` put in buckets. Codebook and user model are fitted before. Memory is the peak of
-RssAnon in each phase, the libraries' own included; mapped files are not in it. CPU does not count the start.
+user. `gsu topk` and `embed users` read the log as `data partition` left it, `data features` as it came.
+Codebook and user model are fitted before. Memory is the peak of RssAnon in each phase, the libraries' own
+included; mapped files are not in it. CPU does not count imports; beside it the least and most of the runs.
 """
-TABLE = """| | seconds | CPU s | CPU us a row | map MB | reduce MB | read / encode and checksum / fsync |
-|---|---|---|---|---|---|---|"""
+TABLE = """| | runs | seconds | CPU s | CPU us a row | map MB | reduce MB | read / encode, checksum / fsync |
+|---|---|---|---|---|---|---|---|"""
 GROWTH = """From the smallest to the largest size:
 
 | | map memory | reduce bytes a row | CPU a row | under 2 GB |
