@@ -11,7 +11,14 @@ import numpy as np
 
 from prerank_tools.errors import ContractError, UsageError
 from prerank_tools.quantizers.last_level import LastDistances, move_last
-from prerank_tools.quantizers.sid_keys import group_starts, order_by_key, pack_codes, place_in_group
+from prerank_tools.quantizers.sid_keys import (
+    group_starts,
+    order_by_key,
+    pack_codes,
+    place_in_group,
+    shared,
+    unpack_codes,
+)
 
 Policy = Literal["keep", "suffix", "capacity", "sinkhorn", "optimal"]
 
@@ -34,9 +41,18 @@ class Ledger:
 
     def merge(self, other: Ledger) -> Ledger:
         """The larger mark of the two for every key."""
-        return Ledger.of(
-            np.concatenate([self.key_M, other.key_M]), np.concatenate([self.next_M, other.next_M]) - 1
-        )
+        if not len(self.key_M) or not len(other.key_M):
+            return self if len(self.key_M) else other
+        # Mostly the same keys come again: marks are raised in place, and only the new keys move the rest.
+        at_M = np.minimum(np.searchsorted(self.key_M, other.key_M), len(self.key_M) - 1)
+        known_M = self.key_M[at_M] == other.key_M
+        next_M = self.next_M.copy()
+        next_M[at_M[known_M]] = np.maximum(next_M[at_M[known_M]], other.next_M[known_M])
+        if known_M.all():
+            return Ledger(self.key_M, next_M)
+        key_M = np.concatenate([self.key_M, other.key_M[~known_M]])
+        order_M = np.argsort(key_M, kind="stable")
+        return Ledger(key_M[order_M], np.concatenate([next_M, other.next_M[~known_M]])[order_M])
 
     def next_free(self, key_N: np.ndarray) -> np.ndarray:
         """First suffix never given under each key (0 for an unseen key)."""
@@ -60,6 +76,17 @@ class Resolved:
     unresolved: int = 0  # items left over capacity because no last code near them was free
 
 
+@dataclass(frozen=True)
+class ResolvedKeys:
+    """As `Resolved`, each SID as one integer."""
+
+    key_N: np.ndarray
+    suffix_N: np.ndarray | None = None
+    ledger: Ledger = EMPTY
+    moved: int = 0
+    unresolved: int = 0
+
+
 def resolve(
     codes_NL: np.ndarray,
     ids_N: np.ndarray,
@@ -79,58 +106,92 @@ def resolve(
     suffixes ever given. `distances(rows)` gives squared distances of rows to all last-level codes, under
     the row's own prefix; policies that move items need it. Idempotent: the same items again change nothing.
     """
-    if policy not in get_args(Policy):
-        raise UsageError(f"unknown collision policy {policy!r}", "one of " + ", ".join(get_args(Policy)))
     codes_NL = np.ascontiguousarray(codes_NL)
     if policy == "keep":
         return Resolved(codes_NL)
+    found = resolve_keys(
+        pack_codes(codes_NL, sizes),
+        np.asarray(ids_N),
+        sizes=sizes,
+        policy=policy,
+        distances=distances,
+        width=width,
+        capacity=capacity,
+        published_N=published_N,
+        suffix_N=suffix_N,
+        ledger=ledger,
+    )
+    out_NL = unpack_codes(found.key_N, sizes).astype(codes_NL.dtype)
+    return Resolved(out_NL, found.suffix_N, found.ledger, found.moved, found.unresolved)
+
+
+def resolve_keys(
+    key_N: np.ndarray,
+    ids_N: np.ndarray,
+    *,
+    sizes: Sequence[int],
+    policy: Policy = "keep",
+    distances: LastDistances | None = None,
+    width: int = 256,
+    capacity: int = 5,
+    published_N: np.ndarray | None = None,
+    suffix_N: np.ndarray | None = None,
+    ledger: Ledger = EMPTY,
+) -> ResolvedKeys:
+    """As `resolve`, over codes packed to one integer: what a catalogue of any size is settled with."""
+    if policy not in get_args(Policy):
+        raise UsageError(f"unknown collision policy {policy!r}", "one of " + ", ".join(get_args(Policy)))
+    if policy == "keep":
+        return ResolvedKeys(key_N)
     if policy == "suffix":
-        return _number(codes_NL, ids_N, sizes, width, published_N, suffix_N, ledger)
+        return _number(key_N, ids_N, sizes, width, published_N, suffix_N, ledger)
     if distances is None:
         raise UsageError(f"policy {policy} moves items, so it needs distances", "use keep or suffix")
-    fixed_N = np.zeros(len(codes_NL), dtype=bool) if published_N is None else published_N.astype(bool)
-    key_N = pack_codes(codes_NL, sizes)
+    fixed_N = np.zeros(len(key_N), dtype=bool) if published_N is None else published_N.astype(bool)
     room = capacity if policy == "capacity" else 1
-    last_N = move_last(key_N, ids_N, fixed_N, codes=sizes[-1], policy=policy, distances=distances, room=room)
-    out_NL = codes_NL.copy()
-    out_NL[:, -1] = last_N
-    out_key_N = key_N - codes_NL[:, -1] + last_N
-    crowded_N = place_in_group(np.sort(out_key_N)) >= room
-    return Resolved(out_NL, moved=int((out_key_N != key_N).sum()), unresolved=int(crowded_N.sum()))
+    out_N = move_last(key_N, ids_N, fixed_N, codes=sizes[-1], policy=policy, distances=distances, room=room)
+    out_N += key_N - key_N % sizes[-1]
+    size_M = np.diff(group_starts(np.sort(out_N)), append=len(out_N))
+    crowded = int(np.maximum(size_M - room, 0).sum())
+    return ResolvedKeys(out_N, moved=int((out_N != key_N).sum()), unresolved=crowded)
 
 
 def _number(
-    codes_NL: np.ndarray,
+    key_N: np.ndarray,
     ids_N: np.ndarray,
     sizes: Sequence[int],
     width: int,
     published_N: np.ndarray | None,
     suffix_N: np.ndarray | None,
     ledger: Ledger,
-) -> Resolved:
+) -> ResolvedKeys:
     """TIGER's extra token: a running index, in item id order, among the items that share all codes."""
-    key_N = pack_codes(codes_NL, sizes)
-    out_N = np.full(len(key_N), -1, dtype=np.int64)
+    out_N = np.zeros(len(key_N), dtype=np.int64)
     new_N = np.ones(len(key_N), dtype=bool)
     if published_N is not None and suffix_N is not None:
         new_N = ~published_N.astype(bool)
-        out_N[~new_N] = suffix_N[~new_N]
+        np.copyto(out_N, suffix_N, where=~new_N)
         ledger = ledger.merge(Ledger.of(key_N[~new_N], out_N[~new_N]))
-    rows_R = np.flatnonzero(new_N)
+    # An item alone among the new ones of its SID is the next one there; only the others have an order.
+    together_N = shared(key_N) & new_N
+    alone_N = new_N & ~together_N
+    out_N[alone_N] = ledger.next_free(key_N[alone_N])
+    rows_R = np.flatnonzero(together_N)
     rows_R = rows_R[order_by_key(key_N[rows_R], ids_N[rows_R])]
     key_R = key_N[rows_R]
     out_N[rows_R] = ledger.next_free(key_R) + place_in_group(key_R)
-    _refuse_wide(out_N, codes_NL, width)
-    return Resolved(codes_NL, out_N, ledger.merge(Ledger.of(key_N, out_N)))
+    _refuse_wide(out_N, key_N, sizes, width)
+    return ResolvedKeys(key_N, out_N, ledger.merge(Ledger.of(key_N, out_N)))
 
 
-def _refuse_wide(suffix_N: np.ndarray, codes_NL: np.ndarray, width: int) -> None:
+def _refuse_wide(suffix_N: np.ndarray, key_N: np.ndarray, sizes: Sequence[int], width: int) -> None:
     """A suffix past its declared width would be a token that the downstream vocabulary lacks."""
     if not len(suffix_N) or suffix_N.max() < width:
         return
     worst = int(suffix_N.argmax())
+    codes_L = unpack_codes(key_N[worst : worst + 1], sizes)[0].tolist()
     raise ContractError(
-        f"SID {codes_NL[worst].tolist()} needs suffix {suffix_N[worst]}, the declared width is {width}",
+        f"SID {codes_L} needs suffix {suffix_N[worst]}, the declared width is {width}",
         f"set the suffix width to {1 << int(suffix_N[worst]).bit_length()}, fit more codes or levels, "
         "or drop duplicate items first",
     )

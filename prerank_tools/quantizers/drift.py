@@ -66,19 +66,41 @@ def measure_drift(
     Fifty items spread over 256 codes have a large PSI whatever they are, so each level's is given beside the
     99th percentile of samples of equal size from the fit set (ours); only what is beyond it counts.
     """
-    rng = np.random.default_rng(0)
-    psi_L, chance_L = [], []
-    for level, new_K in enumerate(uses(codes_NL, sizes)):
-        fit_K = stats[f"uses.{level:02d}"]
-        draw_SK = rng.multinomial(len(codes_NL), fit_K / fit_K.sum(), size=DRAWS)
-        psi_L.append(float(psi(new_K[None], fit_K)[0]))
-        chance_L.append(float(np.quantile(psi(draw_SK, fit_K), 0.99)))
-    base_L = np.maximum(stats["distance"], 1e-12)
-    ratio_L = np.sqrt(error_NL.astype(np.float64)).mean(axis=0) / base_L
-    luck_L = 1.0 + 3.0 * stats["spread"] / base_L / np.sqrt(len(error_NL))
-    return Drift(
-        len(codes_NL), tuple(psi_L), tuple(chance_L), tuple(ratio_L.tolist()), tuple(luck_L.tolist())
-    )
+    met = NewItems(sizes)
+    met.update(codes_NL, error_NL)
+    return met.drift(stats)
+
+
+class NewItems:
+    """New items met part by part: their number, uses of every code, summed distance at every level."""
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self.items = 0
+        self.uses = [np.zeros(size, dtype=np.int64) for size in sizes]
+        self.distance_L = np.zeros(len(sizes))
+
+    def update(self, codes_NL: np.ndarray, error_NL: np.ndarray) -> None:
+        """Count a batch by its codes and squared distances (N, L)."""
+        self.items += len(codes_NL)
+        for total_K, new_K in zip(self.uses, uses(codes_NL, [len(u) for u in self.uses]), strict=True):
+            total_K += new_K
+        self.distance_L += np.sqrt(error_NL.astype(np.float64)).sum(axis=0)
+
+    def drift(self, stats: Mapping[str, np.ndarray]) -> Drift:
+        """All items met, held against the `fit_stats` of a codebook."""
+        rng = np.random.default_rng(0)
+        psi_L, chance_L = [], []
+        for level, new_K in enumerate(self.uses):
+            fit_K = stats[f"uses.{level:02d}"]
+            draw_SK = rng.multinomial(self.items, fit_K / fit_K.sum(), size=DRAWS)
+            psi_L.append(float(psi(new_K[None], fit_K)[0]))
+            chance_L.append(float(np.quantile(psi(draw_SK, fit_K), 0.99)))
+        base_L = np.maximum(stats["distance"], 1e-12)
+        ratio_L = self.distance_L / self.items / base_L
+        luck_L = 1.0 + 3.0 * stats["spread"] / base_L / np.sqrt(self.items)
+        return Drift(
+            self.items, tuple(psi_L), tuple(chance_L), tuple(ratio_L.tolist()), tuple(luck_L.tolist())
+        )
 
 
 def psi(new_SK: np.ndarray, fit_K: np.ndarray) -> np.ndarray:
@@ -98,12 +120,33 @@ def churn(before_NL: np.ndarray, after_NL: np.ndarray) -> dict[str, float]:
 
     Tables with another number of levels are compared over the levels that both have.
     """
-    levels = min(before_NL.shape[1], after_NL.shape[1])
-    moved_NL = before_NL[:, :levels] != after_NL[:, :levels]
-    names = ["level_" + "_".join(str(n + 1) for n in range(level + 1)) for level in range(levels)]
-    if not len(moved_NL):
-        return dict.fromkeys(names, 0.0)
-    return {name: float(moved_NL[:, : level + 1].any(axis=1).mean()) for level, name in enumerate(names)}
+    met = Churn()
+    met.update(before_NL, after_NL)
+    return met.shares()
+
+
+class Churn:
+    """`churn` met batch by batch."""
+
+    def __init__(self) -> None:
+        self.items = 0
+        self.moved_L = np.zeros(0, dtype=np.int64)
+
+    def update(self, before_NL: np.ndarray, after_NL: np.ndarray) -> None:
+        """Compare a batch of items."""
+        levels = min(before_NL.shape[1], after_NL.shape[1])
+        moved_NL = np.logical_or.accumulate(before_NL[:, :levels] != after_NL[:, :levels], axis=1)
+        self.items += len(moved_NL)
+        self.moved_L = moved_NL.sum(axis=0) + (self.moved_L if len(self.moved_L) else 0)
+
+    def shares(self) -> dict[str, float]:
+        """Of all items met."""
+        names = [
+            "level_" + "_".join(str(n + 1) for n in range(level + 1)) for level in range(len(self.moved_L))
+        ]
+        return {
+            name: int(moved) / max(self.items, 1) for name, moved in zip(names, self.moved_L, strict=True)
+        }
 
 
 def match_codebook(new: Codebook, old: Codebook) -> Codebook:

@@ -1,99 +1,96 @@
-"""From codes to published SIDs: what stands from last night, collisions, duplicates, what to report."""
-# N items, L levels, R rows whose vectors are needed, D dims
+"""From codes to published SIDs: what stands from last night, collisions, duplicates, what to report.
+
+A SID is one integer here, an item a row number; ids, errors and texts stay in the mapped parts and are read
+part by part, so that a row of the catalogue costs tens of bytes whatever it holds.
+"""
+# N items, n of one part, L levels, R rows whose vectors are needed, D dims
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 
-from prerank_tools.errors import ContractError
 from prerank_tools.quantizers.codebook import Codebook, quantizer_of, token
-from prerank_tools.quantizers.collisions import EMPTY, Ledger, Policy, Resolved, resolve
-from prerank_tools.quantizers.drift import churn, measure_drift
-from prerank_tools.quantizers.duplicates import content_groups, duplicate_floor
+from prerank_tools.quantizers.collisions import Ledger, Policy, ResolvedKeys, resolve_keys
+from prerank_tools.quantizers.drift import Churn, NewItems
+from prerank_tools.quantizers.duplicates import content_groups, hash_floor
 from prerank_tools.quantizers.fit_stage import SidConfig, vectors_of
 from prerank_tools.quantizers.last_level import LastDistances
+from prerank_tools.quantizers.mapped_frames import Mapped
+from prerank_tools.quantizers.published_frames import Published, published
 from prerank_tools.quantizers.residuals import last_distances
-from prerank_tools.quantizers.sid_keys import pack_codes
+from prerank_tools.quantizers.sid_keys import CHUNK, shared, unpack_codes
 from prerank_tools.quantizers.sid_metrics import SidCounts
 from prerank_tools.stage import Context
-from prerank_tools.tables.vectors import vectors_to_numpy
 
 MOVING = ("capacity", "sinkhorn", "optimal")
 
 
 @dataclass(frozen=True)
 class Settled:
-    """The published rows in the mapped order, duplicate groups, the report, and the drift guard's arrays."""
+    """The published SIDs of the mapped rows, what is alike among them, and the report."""
 
-    frame: pl.DataFrame
+    mapped: Mapped
+    sizes: tuple[int, ...]
+    resolved: ResolvedKeys
     duplicates: pl.DataFrame
     quality: dict[str, Any]
     ledger: Ledger
-    codes_NL: np.ndarray  # as assigned, before any policy
-    error_NL: np.ndarray
-    new_N: np.ndarray  # not published before
+    old_N: np.ndarray  # published before under this codebook
+
+    def frames(self) -> Iterator[pl.DataFrame]:
+        """The published rows, part by part."""
+        for at, frame in self.mapped.read("item_id"):
+            yield sid_frame(frame["item_id"], self.resolved, self.sizes, np.arange(at.start, at.stop))
 
 
-@dataclass(frozen=True)
-class _Published:
-    """What last night published of tonight's items, aligned with them."""
-
-    known_N: np.ndarray
-    codes_NL: np.ndarray  # rows that are not known hold zeros
-    suffix_N: np.ndarray | None
-    ledger: Ledger
-    same_codebook: bool
-
-
-def settle(
-    frame: pl.DataFrame, codebook: Codebook, how: tuple[Policy, bool, SidConfig], ctx: Context
-) -> Settled:
+def settle(mapped: Mapped, codebook: Codebook, how: tuple[Policy, bool, SidConfig], ctx: Context) -> Settled:
     """Publish the codes of the mapped rows under a collision policy; published SIDs stand where they may."""
     policy, reassign, config = how
-    codes_NL, error_NL = vectors_to_numpy(frame["codes"]), vectors_to_numpy(frame["error"])
-    before = _published(frame["item_id"], codebook, ctx)
-    kept_N, edited_N = _kept(codes_NL, before, policy, reassign)
-    start_NL = np.where(kept_N[:, None], before.codes_NL, codes_NL)
-    resolved = resolve(
-        start_NL,
-        frame["item_id"].to_numpy(),
+    alike, floor = _alike(mapped)
+    before = published(mapped, ctx.table("previous") if "previous" in ctx.inputs else None, codebook)
+    key_N = mapped.column("key", np.int64)
+    kept_N, edited_N = _kept(key_N, before, codebook, policy, reassign)
+    if before.key_N is not None:
+        np.copyto(key_N, before.key_N, where=kept_N)
+    resolved = resolve_keys(
+        key_N,
+        _places(mapped, key_N, codebook, policy),
         sizes=codebook.sizes,
         policy=policy,
-        distances=_distances(start_NL, codebook, ctx) if policy in MOVING else None,
+        distances=_distances(key_N, codebook, ctx) if policy in MOVING else None,
         width=config.suffix_width,
         capacity=config.capacity,
         published_N=kept_N,
         suffix_N=before.suffix_N,
         ledger=before.ledger,
     )
-    first_N = content_groups(frame["vector_hash"].to_numpy())
-    rows = _rows(frame["item_id"], resolved)
-    report = _report(frame, resolved, codebook, first_N)
-    report["squared_error"] = float(error_NL[:, -1].sum(dtype=np.float64))
-    report |= _life(before, kept_N, edited_N, resolved)
-    new_N = ~before.known_N if before.same_codebook else np.ones(len(frame), dtype=bool)
+    report = _report(mapped, resolved, codebook, floor) | _life(before, edited_N, resolved, codebook)
     return Settled(
-        frame=rows,
-        duplicates=_duplicates(rows, first_N),
+        mapped=mapped,
+        sizes=codebook.sizes,
+        resolved=resolved,
+        duplicates=_duplicates(mapped, resolved, codebook.sizes, alike),
         quality=report,
         ledger=resolved.ledger.merge(before.ledger),
-        codes_NL=codes_NL,
-        error_NL=error_NL,
-        new_N=new_N,
+        old_N=before.known_N if before.key_N is not None else np.zeros(mapped.rows, dtype=bool),
     )
 
 
 def hold_drift(settled: Settled, codebook: Codebook, config: SidConfig, ctx: Context) -> None:
     """Gates on the new items: does the frozen codebook still fit them? If not, a refit is advised."""
-    new_N = settled.new_N
-    if not codebook.stats or not new_N.any():
+    if not codebook.stats or settled.old_N.all():
         return
-    drift = measure_drift(settled.codes_NL[new_N], settled.error_NL[new_N], codebook.stats, codebook.sizes)
+    met, errors = NewItems(codebook.sizes), [f"error_{level + 1}" for level in range(len(codebook.sizes))]
+    for at, frame in settled.mapped.read("key", *errors):
+        new_n = ~settled.old_N[at]
+        codes_nL = unpack_codes(frame["key"].to_numpy()[new_n], codebook.sizes)
+        met.update(codes_nL, frame.select(errors).to_numpy()[new_n])
+    drift = met.drift(codebook.stats)
     settled.quality["drift"] = drift.as_dict()
     hint = "leave --codebook out to fit a new one (see --match), or publish anyway with --gate warn"
     ctx.hold(
@@ -112,120 +109,85 @@ def hold_drift(settled: Settled, codebook: Codebook, config: SidConfig, ctx: Con
     )
 
 
-def ledger_to(folder: Path, settled: Settled) -> None:
-    """Store the next free suffix of every SID, so that a freed one is never given again."""
-    from safetensors.numpy import save_file
-
-    if len(settled.ledger.key_M):
-        folder.mkdir(parents=True, exist_ok=True)
-        arrays = {"key": settled.ledger.key_M, "next": settled.ledger.next_M}
-        save_file(
-            {name: np.ascontiguousarray(array) for name, array in arrays.items()},
-            folder / "ledger.safetensors",
-        )
-
-
-def _published(ids: pl.Series, codebook: Codebook, ctx: Context) -> _Published:
-    levels = len(codebook.sizes)
-    nothing = np.zeros((len(ids), levels), dtype=np.uint16)
-    if "previous" not in ctx.inputs:
-        return _Published(np.zeros(len(ids), dtype=bool), nothing, None, EMPTY, False)
-    table = ctx.table("previous")
-    same = table.lineage.get("codebook") == codebook.fingerprint
-    old = table.read()
-    found = ids.to_frame().join(old, on="item_id", how="left", maintain_order="left")
-    known_N = found["codes"].is_not_null().to_numpy()
-    codes_RL = vectors_to_numpy(found["codes"].drop_nulls())
-    if same and codes_RL.shape[1] != levels:
-        raise ContractError(
-            f"{table.path}: SIDs of {codes_RL.shape[1]} levels, the codebook has {levels}",
-            "name its own SIDs",
-        )
-    codes_NL = np.zeros((len(ids), codes_RL.shape[1]), dtype=np.uint16)
-    codes_NL[known_N] = codes_RL
-    suffix_N, ledger = None, EMPTY
-    if same and "suffix" in found.columns:
-        suffix_N = found["suffix"].fill_null(0).cast(pl.Int64).to_numpy()
-        ledger = _ledger(table.path, old, codebook)
-    return _Published(known_N, codes_NL, suffix_N, ledger, same)
-
-
-def _ledger(previous: Path, old: pl.DataFrame, codebook: Codebook) -> Ledger:
-    """The stored ledger; without one, what the rows tell (suffixes freed before are then unknown)."""
-    from safetensors.numpy import load_file
-
-    told = Ledger.of(
-        pack_codes(vectors_to_numpy(old["codes"]), codebook.sizes), old["suffix"].fill_null(0).to_numpy()
-    )
-    path = previous / "suffixes" / "ledger.safetensors"
-    if not path.is_file():
-        return told
-    stored = load_file(path)
-    return told.merge(Ledger(stored["key"], stored["next"]))
+def sid_frame(
+    ids: pl.Series, resolved: ResolvedKeys, sizes: tuple[int, ...], rows_n: np.ndarray
+) -> pl.DataFrame:
+    """item_id, codes, sid and, where items are numbered, suffix; the SID then ends in its token."""
+    codes_nL = unpack_codes(resolved.key_N[rows_n], sizes).astype(np.uint16)
+    codes = pl.Series("codes", codes_nL, dtype=pl.Array(pl.UInt16, len(sizes)))
+    frame = pl.DataFrame([ids, codes])
+    words = [pl.Series(codes_nL[:, level]) for level in range(len(sizes))]
+    if resolved.suffix_N is not None:
+        frame = frame.with_columns(pl.Series("suffix", resolved.suffix_N[rows_n], dtype=pl.UInt32))
+        words.append(frame["suffix"])
+    template = "".join(token(level, 0).replace("0", "{}") for level in range(len(words)))
+    frame = frame.with_columns(pl.format(template, *words).alias("sid"))
+    return frame.select([name for name in ("item_id", "codes", "sid", "suffix") if name in frame.columns])
 
 
 def _kept(
-    codes_NL: np.ndarray, before: _Published, policy: Policy, reassign: bool
+    key_N: np.ndarray, before: Published, codebook: Codebook, policy: Policy, reassign: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """(items whose published SID stands, items whose vector now leads elsewhere).
 
     Under a policy that moves last codes only the prefix tells an edit.
     """
-    if not before.same_codebook:
-        nothing_N = np.zeros(len(codes_NL), dtype=bool)
+    if before.key_N is None:
+        nothing_N = np.zeros(len(key_N), dtype=bool)
         return nothing_N, nothing_N
-    levels = codes_NL.shape[1] - (policy in MOVING)
-    edited_N = before.known_N & (codes_NL[:, :levels] != before.codes_NL[:, :levels]).any(axis=1)
+    radix = codebook.sizes[-1] if policy in MOVING else 1
+    edited_N = before.known_N & (key_N // radix != before.key_N // radix)
     return before.known_N & ~edited_N if reassign else before.known_N, edited_N
 
 
-def _distances(codes_NL: np.ndarray, codebook: Codebook, ctx: Context) -> LastDistances:
+def _places(mapped: Mapped, key_N: np.ndarray, codebook: Codebook, policy: Policy) -> np.ndarray:
+    """Order of the ids (N,) where it can matter: among items that share a SID, or a prefix with such."""
+    if policy == "keep":
+        return np.zeros(0, dtype=np.int64)
+    return mapped.places(_crowded(key_N, codebook) if policy in MOVING else shared(key_N))
+
+
+def _crowded(key_N: np.ndarray, codebook: Codebook) -> np.ndarray:
+    """Items of a prefix in which two share a SID (N,) bool."""
+    prefix_M = np.unique(key_N[shared(key_N)] // codebook.sizes[-1])
+    crowded_N = np.zeros(len(key_N), dtype=bool)
+    for start in range(0, len(key_N) if len(prefix_M) else 0, CHUNK):
+        prefix_n = key_N[start : start + CHUNK] // codebook.sizes[-1]
+        at_n = np.minimum(np.searchsorted(prefix_M, prefix_n), len(prefix_M) - 1)
+        crowded_N[start : start + CHUNK] = prefix_M[at_n] == prefix_n
+    return crowded_N
+
+
+def _distances(key_N: np.ndarray, codebook: Codebook, ctx: Context) -> LastDistances:
     """Distances to last codes for rows of crowded prefixes; their vectors lie in a scratch file."""
-    prefix_N = (
-        pack_codes(codes_NL[:, :-1], codebook.sizes[:-1])
-        if codes_NL.shape[1] > 1
-        else np.zeros(len(codes_NL), np.int64)
-    )
-    key_N = prefix_N * codebook.sizes[-1] + codes_NL[:, -1]
-    order_N = np.argsort(key_N, kind="stable")
-    again_N = np.zeros(len(key_N), dtype=bool)
-    again_N[order_N[1:]] = key_N[order_N[1:]] == key_N[order_N[:-1]]
-    rows_R = np.flatnonzero(np.isin(prefix_N, prefix_N[again_N]))
-    width = codebook.width
+    rows_R = np.flatnonzero(_crowded(key_N, codebook))
     x_RD = np.memmap(
-        ctx.scratch / "crowded.f32", dtype=np.float32, mode="w+", shape=(max(1, len(rows_R)), width)
+        ctx.scratch / "crowded.f32", dtype=np.float32, mode="w+", shape=(max(1, len(rows_R)), codebook.width)
     )
     for at, x_nD in vectors_of(ctx.table("embeddings"), rows_R):
         x_RD[at] = x_nD
     quantizer = quantizer_of(codebook)
 
     def distances(asked: np.ndarray) -> np.ndarray:
-        return last_distances(quantizer, x_RD[np.searchsorted(rows_R, asked)], codes_NL[asked])
+        codes_RL = unpack_codes(key_N[asked], codebook.sizes).astype(np.uint16)
+        return last_distances(quantizer, x_RD[np.searchsorted(rows_R, asked)], codes_RL)
 
     return distances
 
 
-def _rows(ids: pl.Series, resolved: Resolved) -> pl.DataFrame:
-    """item_id, codes, sid and, where items are numbered, suffix; the SID then ends in its token."""
-    codes = pl.Series("codes", np.ascontiguousarray(resolved.codes_NL.astype(np.uint16)))
-    frame = pl.DataFrame([ids, codes.cast(pl.Array(pl.UInt16, resolved.codes_NL.shape[1]))])
-    words = [pl.col("codes").arr.get(level) for level in range(resolved.codes_NL.shape[1])]
-    if resolved.suffix_N is not None:
-        frame = frame.with_columns(pl.Series("suffix", resolved.suffix_N, dtype=pl.UInt32))
-        words.append(pl.col("suffix"))
-    template = "".join(token(level, 0).replace("0", "{}") for level in range(len(words)))
-    frame = frame.with_columns(pl.format(template, *words).alias("sid"))
-    return frame.select([name for name in ("item_id", "codes", "sid", "suffix") if name in frame.columns])
+def _alike(mapped: Mapped) -> tuple[tuple[np.ndarray, np.ndarray], float]:
+    """((items whose vector another one has, the first of each group), the duplicate floor)."""
+    hash_N = mapped.column("vector_hash", np.uint64)
+    rows_R = np.flatnonzero(shared(hash_N))
+    return (rows_R, rows_R[content_groups(hash_N[rows_R])]), hash_floor(hash_N)
 
 
-def _report(
-    frame: pl.DataFrame, resolved: Resolved, codebook: Codebook, first_N: np.ndarray
-) -> dict[str, Any]:
+def _report(mapped: Mapped, resolved: ResolvedKeys, codebook: Codebook, floor: float) -> dict[str, Any]:
     """Collisions beside the floor that no codebook can pass, and the use of every level."""
     counts = SidCounts(codebook.sizes)
-    counts.update(resolved.codes_NL)
+    for start in range(0, mapped.rows, CHUNK):
+        counts.update(unpack_codes(resolved.key_N[start : start + CHUNK], codebook.sizes))
     use = counts.finalize()
-    floor = duplicate_floor(first_N)
     found: dict[str, Any] = {
         "items": use.items,
         "sids": use.sids,
@@ -235,8 +197,8 @@ def _report(
         "exclusive_items": use.exclusive_items,
         "largest_sid": use.largest_sid,
     }
-    if "content_hash" in frame.columns:
-        found["content_floor"] = duplicate_floor(content_groups(frame["content_hash"].hash().to_numpy()))
+    if mapped.has("content"):
+        found["content_floor"] = hash_floor(mapped.column("content", np.uint64))
     if resolved.suffix_N is not None:
         found["largest_suffix"] = int(resolved.suffix_N.max(initial=0))
     if resolved.moved or resolved.unresolved:
@@ -244,15 +206,21 @@ def _report(
     return found | {"levels": use.as_dict()["levels"]}
 
 
-def _life(before: _Published, kept_N: np.ndarray, edited_N: np.ndarray, resolved: Resolved) -> dict[str, Any]:
+def _life(
+    before: Published, edited_N: np.ndarray, resolved: ResolvedKeys, codebook: Codebook
+) -> dict[str, Any]:
     """What became of the SIDs published before: kept under the same codebook, or moved by a refit."""
     known_N = before.known_N
     if not known_N.any():
         return {}
-    if not before.same_codebook:
-        moved = churn(before.codes_NL[known_N], resolved.codes_NL[known_N])
-        return {"churn": {"items": int(known_N.sum()), **moved}}
-    moved_N = (before.codes_NL != resolved.codes_NL).any(axis=1) & known_N
+    if before.key_N is None:
+        assert before.codes_NL is not None
+        churn = Churn()
+        for start in range(0, len(known_N), CHUNK):
+            at_n = start + np.flatnonzero(known_N[start : start + CHUNK])
+            churn.update(before.codes_NL[at_n], unpack_codes(resolved.key_N[at_n], codebook.sizes))
+        return {"churn": {"items": int(known_N.sum()), **churn.shares()}}
+    moved_N = (before.key_N != resolved.key_N) & known_N
     return {
         "published": {
             "kept": int((known_N & ~moved_N).sum()),
@@ -263,12 +231,17 @@ def _life(before: _Published, kept_N: np.ndarray, edited_N: np.ndarray, resolved
     }
 
 
-def _duplicates(rows: pl.DataFrame, first_N: np.ndarray) -> pl.DataFrame:
+def _duplicates(
+    mapped: Mapped,
+    resolved: ResolvedKeys,
+    sizes: tuple[int, ...],
+    alike: tuple[np.ndarray, np.ndarray],
+) -> pl.DataFrame:
     """Items with identical vectors, the largest group first: group, items, item_id, sid."""
-    grouped = rows.select("item_id", "sid").with_columns(pl.Series("first", first_N))
-    grouped = grouped.with_columns(pl.len().over("first").cast(pl.UInt32).alias("items")).filter(
-        pl.col("items") > 1
-    )
+    rows_R, first_R = alike
+    rows = sid_frame(mapped.ids(rows_R), resolved, sizes, rows_R)
+    grouped = rows.select("item_id", "sid").with_columns(pl.Series("first", first_R))
+    grouped = grouped.with_columns(pl.len().over("first").cast(pl.UInt32).alias("items"))
     grouped = grouped.sort(["items", "first", "item_id"], descending=[True, False, False])
     numbered = grouped.with_columns((pl.col("first").rle_id()).cast(pl.UInt32).alias("group"))
     return numbered.select("group", "items", "item_id", "sid")

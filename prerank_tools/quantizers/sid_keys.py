@@ -10,6 +10,8 @@ import numpy as np
 
 from prerank_tools.errors import ContractError
 
+CHUNK = 1 << 18  # rows looked up at a time
+
 
 def pack_codes(codes_NL: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
     """Mixed-radix int64 keys (N,): equal exactly where all codes are equal, ordered as the codes are.
@@ -55,10 +57,25 @@ def group_starts(sorted_N: np.ndarray) -> np.ndarray:
     return np.flatnonzero(np.concatenate(([True], sorted_N[1:] != sorted_N[:-1])))
 
 
+def shared(value_N: np.ndarray) -> np.ndarray:
+    """True where another row has the same value (N,); 8 bytes a row beside the values."""
+    sorted_N = np.sort(value_N)
+    again_M = np.unique(sorted_N[1:][sorted_N[1:] == sorted_N[:-1]])
+    del sorted_N
+    shared_N = np.zeros(len(value_N), dtype=bool)
+    if not len(again_M):
+        return shared_N
+    for start in range(0, len(value_N), CHUNK):
+        value_n = value_N[start : start + CHUNK]
+        at_n = np.minimum(np.searchsorted(again_M, value_n), len(again_M) - 1)
+        shared_N[start : start + CHUNK] = again_M[at_n] == value_n
+    return shared_N
+
+
 def order_by_key(key_N: np.ndarray, ids_N: np.ndarray) -> np.ndarray:
     """Row order by key, then by item id: the one order every collision policy works in."""
     by_id_N = np.argsort(ids_N, kind="stable")
-    return by_id_N[np.argsort(key_N[by_id_N], kind="stable")]
+    return np.asarray(by_id_N[np.argsort(key_N[by_id_N], kind="stable")])
 
 
 def place_in_group(sorted_N: np.ndarray) -> np.ndarray:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import polars as pl
 
 from prerank_tools.errors import ContractError, UsageError
 from prerank_tools.quantizers.codebook import Codebook, Quantizer, load_codebook, quantizer_of
@@ -17,11 +16,12 @@ from prerank_tools.quantizers.collisions import Policy
 from prerank_tools.quantizers.drift import match_codebook
 from prerank_tools.quantizers.duplicates import row_hashes
 from prerank_tools.quantizers.fit_stage import SidConfig, fit_codebook, known_items, read_vectors, trial_fits
-from prerank_tools.quantizers.publish_stage import Settled, hold_drift, ledger_to, settle
+from prerank_tools.quantizers.mapped_frames import Mapped, mapped_frame
+from prerank_tools.quantizers.publish_stage import Settled, hold_drift, settle
+from prerank_tools.quantizers.published_frames import ledger_to
 from prerank_tools.quantizers.residuals import level_errors, prepared
 from prerank_tools.stage import Context, Part, Shard, Stage, Trial
 from prerank_tools.tables.table import Table, shards_of
-from prerank_tools.tables.vectors import numpy_to_vectors
 
 
 @dataclass(frozen=True)
@@ -127,30 +127,27 @@ class QuantizeSids(Stage):
         quantizer = _quantizer(ctx)
         codes_NL = quantizer.encode(x_ND, threads=ctx.threads, device=ctx.device)
         error_NL = level_errors(quantizer, x_ND, codes_NL)
-        columns = [
-            numpy_to_vectors("codes", codes_NL),
-            numpy_to_vectors("error", error_NL),
-            pl.Series("vector_hash", row_hashes(x_ND)),
-        ]
         wide_ND = prepared(quantizer, x_ND).astype(np.float32, copy=False)
-        mass = float(np.einsum("nd,nd->", wide_ND, wide_ND, dtype=np.float64))
-        counts = {"rows_in": len(frame) + len(bad), "squared_norm": mass}
-        return Part(frame.drop("scale", strict=False).with_columns(columns), bad, counts)
+        counts = {
+            "rows_in": len(frame) + len(bad),
+            "squared_error": float(error_NL[:, -1].sum(dtype=np.float64)),
+            "squared_norm": float(np.einsum("nd,nd->", wide_ND, wide_ND, dtype=np.float64)),
+        }
+        rows = mapped_frame(frame, codes_NL, quantizer.sizes, error_NL, row_hashes(x_ND))
+        return Part(rows, bad, counts)
 
     def reduce(self, parts: Sequence[Path], ctx: Context) -> Iterator[Part]:
-        mapped = [pl.read_parquet(path, glob=False) for path in parts]
-        frame = pl.concat(mapped) if len(mapped) > 1 else mapped[0]
         codebook = load_codebook(ctx.work / "codebook")
-        settled = settle(frame, codebook, self._policy(), ctx)
+        settled = settle(Mapped.of(parts), codebook, self._policy(), ctx)
         if self.codebook is not None:
             hold_drift(settled, codebook, self.config, ctx)
-        ledger_to(ctx.work / "suffixes", settled)
+        ledger_to(ctx.work / "suffixes", settled.ledger)
         ctx.cache["quality"] = settled.quality | {"codebook": self._about(codebook)}
-        return _parts(settled, [len(part) for part in mapped])
+        return _parts(settled)
 
     def quality(self, counts: Mapping[str, float], ctx: Context) -> Mapping[str, Any]:
         found = dict(ctx.cache["quality"])
-        found["relative_error"] = found.pop("squared_error") / max(counts["squared_norm"], 1e-30)
+        found["relative_error"] = counts["squared_error"] / max(counts["squared_norm"], 1e-30)
         return found
 
     def lineage(self, ctx: Context) -> Mapping[str, str]:
@@ -195,12 +192,9 @@ def check_space(codebook: Codebook, table: Table) -> None:
         )
 
 
-def _parts(settled: Settled, rows: Sequence[int]) -> Iterator[Part]:
-    start = 0
-    for index, count in enumerate(rows):
-        tables = {"duplicates": settled.duplicates} if index == 0 else {}
-        yield Part(settled.frame.slice(start, count), tables=tables)
-        start += count
+def _parts(settled: Settled) -> Iterator[Part]:
+    for index, frame in enumerate(settled.frames()):
+        yield Part(frame, tables={"duplicates": settled.duplicates} if index == 0 else {})
 
 
 def _quantizer(ctx: Context) -> Quantizer:
