@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,9 +12,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from prerank_tools.features.statistics import DAY, WINDOWS, PastCounts, day_of, statistic_names, statistics
 from prerank_tools.stage import Context, Part, Shard, Stage
-from prerank_tools.tables.bucketing import Bucketed, bucket_of, default_buckets
+from prerank_tools.tables.bucketing import default_buckets
 from prerank_tools.tables.events import known_at
+from prerank_tools.tables.spill import BLOCK_ROWS, Spill, blocks_of, spilled
 from prerank_tools.tables.table import Table
+
+SIDES = ("user", "item")
 
 
 class FeatureConfig(BaseModel):
@@ -58,22 +61,47 @@ class Features(Stage):
 
     def plan(self, ctx: Context) -> Sequence[Shard]:
         """Buckets of users, then buckets of items: each holds the whole past of its ids."""
-        buckets = default_buckets(ctx.table("events").rows, bucket_rows=1 << 20)
+        buckets = default_buckets(ctx.table("events").rows)
         rows = ctx.table("events").rows // buckets
         return [
             Shard(
                 index, str(self.events), rows=rows, extra={"side": side, "bucket": bucket, "buckets": buckets}
             )
-            for index, (side, bucket) in enumerate((s, b) for s in ("user", "item") for b in range(buckets))
+            for index, (side, bucket) in enumerate((s, b) for s in SIDES for b in range(buckets))
         ]
+
+    def prepare(self, ctx: Context) -> None:
+        """Bucket the log and what is asked once: a shard reads its own rows only."""
+        buckets = default_buckets(ctx.table("events").rows)
+        log = {side: Spill(ctx.scratch / side, by=f"{side}_id", buckets=buckets) for side in SIDES}
+        events, late = ctx.table("events"), "ingested_at" in ctx.table("events").schema
+        time = ["timestamp", *(["ingested_at"] if late else [])]
+        for block in blocks_of(events, ["user_id", "item_id", *time]):
+            for side in SIDES:
+                log[side].add(block.select(f"{side}_id", *time).drop_nulls([f"{side}_id", "timestamp"]))
+        asked = {
+            side: Spill(ctx.scratch / f"asked-{side}", by=f"{side}_id", buckets=buckets) for side in SIDES
+        }
+        days = self._spill_asked(asked, ctx)
+        if self.items is not None:
+            every = Spill(ctx.scratch / "every-item", by="item_id", buckets=buckets)
+            for block in blocks_of(ctx.table("items"), ["item_id"]):
+                every.add(block.drop_nulls())
+            every.close()
+        days.to_frame("as_of").write_ipc(ctx.scratch / "days.arrow")
+        for runs in (*log.values(), *asked.values()):
+            runs.close()
 
     def process(self, shard: Shard, ctx: Context) -> Part:
         """Statistics of one bucket of users or of items."""
-        side, bucket, buckets = (shard.extra[key] for key in ("side", "bucket", "buckets"))
+        side, bucket = shard.extra["side"], shard.extra["bucket"]
         key = f"{side}_id"
-        asked = self._asked(side, ctx).filter(pl.col(key).is_not_null())
-        asked = asked.filter(bucket_of(asked[key], buckets) == bucket).unique().sort(key, "as_of")
-        events = read_bucket(ctx.table("events"), key, bucket, buckets)
+        asked = spilled(ctx.scratch / f"asked-{side}", bucket)
+        if side == "item" and self.items is not None:
+            days = pl.read_ipc(ctx.scratch / "days.arrow")
+            asked = pl.concat([asked, spilled(ctx.scratch / "every-item", bucket).join(days, how="cross")])
+        asked = asked.unique().sort(key, "as_of")
+        events = spilled(ctx.scratch / side, bucket)
         frame = statistics_frame(events, asked, key=key, config=self.config)
         other = "item" if side == "user" else "user"
         empty = statistics_frame(events.clear(), asked.clear(), key=key, config=self.config)
@@ -92,31 +120,28 @@ class Features(Stage):
     def _dtype(self, key: str, ctx: Context) -> pl.DataType:
         return ctx.table("events").scan([key]).collect_schema()[key]
 
-    def _asked(self, side: str, ctx: Context) -> pl.DataFrame:
-        """The (id, as_of) pairs to answer."""
-        requests = ctx.table("requests")
+    def _spill_asked(self, asked: Mapping[str, Spill], ctx: Context) -> pl.Series:
+        """Bucket the (id, as_of) pairs to answer; returns the times at which an item is asked for."""
         time = (pl.col("timestamp") - pl.col("timestamp") % self.config.granularity).alias("as_of")
-        if side == "user":
-            return requests.scan(["user_id", "timestamp"]).select("user_id", time).unique().collect()
-        if "candidates" in requests.schema:
-            wanted = requests.scan(["candidates", "timestamp"]).select(
-                pl.col("candidates").alias("item_id"), time
-            )
-            pairs = wanted.explode("item_id")
-        else:
-            pairs = requests.scan(["item_id", "timestamp"]).select("item_id", time)
-        asked = pairs.drop_nulls().unique().collect()
-        if self.items is None:
-            return asked
-        every = ctx.table("items").scan(["item_id"]).join(asked.lazy().select("as_of").unique(), how="cross")
-        return pl.concat([asked, every.collect()]).unique()
+        wanted, days = "candidates", pl.Series("as_of", [], dtype=pl.Int64)
+        if "candidates" not in ctx.table("requests").schema:
+            wanted = "item_id"
+        for block in _requests(ctx.table("requests"), wanted):
+            asked["user"].add(block.select("user_id", time).drop_nulls("user_id").unique())
+            pairs = block.select(pl.col(wanted).alias("item_id"), time)
+            pairs = (pairs.explode("item_id") if wanted == "candidates" else pairs).drop_nulls().unique()
+            asked["item"].add(pairs)
+            days = pl.concat([days, pairs["as_of"]]).unique()
+        return days.sort()
 
 
-def read_bucket(events: Table, key: str, bucket: int, buckets: int) -> pl.DataFrame:
-    """Events of the ids in one bucket: id, timestamp and when the event was ingested."""
-    late = ["ingested_at"] if "ingested_at" in events.schema else []
-    source = Bucketed(events, key, buckets, partitioned=False)
-    return source.read(bucket, [key, "timestamp", *late]).drop_nulls([key, "timestamp"])
+def _requests(table: Table, wanted: str) -> Iterator[pl.DataFrame]:
+    """Blocks of requests with some `BLOCK_ROWS` candidates each."""
+    rows = BLOCK_ROWS
+    if wanted == "candidates":
+        listed = table.scan([wanted]).head(1024).select(pl.col(wanted).list.len().mean()).collect().item()
+        rows = max(1, int(BLOCK_ROWS / max(1.0, listed or 1.0)))
+    return blocks_of(table, ["user_id", "timestamp", wanted], rows=rows)
 
 
 def statistics_frame(
