@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,8 +14,7 @@ from prerank_tools.features.statistics import DAY, WINDOWS, PastCounts, day_of, 
 from prerank_tools.stage import Context, Part, Shard, Stage
 from prerank_tools.tables.bucketing import default_buckets
 from prerank_tools.tables.events import known_at
-from prerank_tools.tables.spill import BLOCK_ROWS, Spill, blocks_of, spilled
-from prerank_tools.tables.table import Table
+from prerank_tools.tables.spill import Spill, blocks_of, blocks_of_requests, spilled
 
 SIDES = ("user", "item")
 
@@ -123,25 +122,15 @@ class Features(Stage):
     def _spill_asked(self, asked: Mapping[str, Spill], ctx: Context) -> pl.Series:
         """Bucket the (id, as_of) pairs to answer; returns the times at which an item is asked for."""
         time = (pl.col("timestamp") - pl.col("timestamp") % self.config.granularity).alias("as_of")
-        wanted, days = "candidates", pl.Series("as_of", [], dtype=pl.Int64)
-        if "candidates" not in ctx.table("requests").schema:
-            wanted = "item_id"
-        for block in _requests(ctx.table("requests"), wanted):
+        wanted = "candidates" if "candidates" in ctx.table("requests").schema else "item_id"
+        days = pl.Series("as_of", [], dtype=pl.Int64)
+        for block in blocks_of_requests(ctx.table("requests"), ["user_id", "timestamp", wanted]):
             asked["user"].add(block.select("user_id", time).drop_nulls("user_id").unique())
             pairs = block.select(pl.col(wanted).alias("item_id"), time)
             pairs = (pairs.explode("item_id") if wanted == "candidates" else pairs).drop_nulls().unique()
             asked["item"].add(pairs)
             days = pl.concat([days, pairs["as_of"]]).unique()
         return days.sort()
-
-
-def _requests(table: Table, wanted: str) -> Iterator[pl.DataFrame]:
-    """Blocks of requests with some `BLOCK_ROWS` candidates each."""
-    rows = BLOCK_ROWS
-    if wanted == "candidates":
-        listed = table.scan([wanted]).head(1024).select(pl.col(wanted).list.len().mean()).collect().item()
-        rows = max(1, int(BLOCK_ROWS / max(1.0, listed or 1.0)))
-    return blocks_of(table, ["user_id", "timestamp", wanted], rows=rows)
 
 
 def statistics_frame(

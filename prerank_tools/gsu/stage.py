@@ -33,6 +33,7 @@ from prerank_tools.tables.bucketing import hash_ids
 from prerank_tools.tables.contracts import split_rows
 from prerank_tools.tables.events import EventLog, bucket_requests, open_events
 from prerank_tools.tables.parquet import write_parquet
+from prerank_tools.tables.spill import blocks_of_requests, spill, spilled
 from prerank_tools.tables.vectors import vectors_to_numpy
 
 Mode = Literal["cosine", "sim-soft", "sim-hard", "sid-prefix"]
@@ -124,10 +125,15 @@ class GsuTopK(Stage):
             )
 
     def prepare(self, ctx: Context) -> None:
-        """Map a catalogue that is too large to hold in every worker."""
+        """Map a catalogue too large to hold in every worker; bucket requests that lie in no buckets."""
         for role in self._vector_roles():
             if is_large(ctx.table(role)):
                 map_vectors(ctx.table(role), ctx.scratch / role)
+        source = bucket_requests(ctx.table("requests"), _log(ctx).buckets)
+        if not source.partitioned:
+            blocks = blocks_of_requests(source.table, self._columns(ctx))
+            somebody = (block.drop_nulls("user_id") for block in blocks)
+            spill(somebody, ctx.scratch / "requests", by="user_id", buckets=source.buckets)
 
     def plan(self, ctx: Context) -> Sequence[Shard]:
         """One shard a bucket of users; several where a bucket's rows would not fit in memory."""
@@ -245,11 +251,17 @@ class GsuTopK(Stage):
         }
         return _candidates(ctx) * row[self.emit]
 
+    def _columns(self, ctx: Context) -> list[str]:
+        column = "candidates" if "candidates" in ctx.table("requests").schema else "item_id"
+        return ["request_id", "user_id", "timestamp", column]
+
     def _requests(self, shard: Shard, ctx: Context) -> tuple[pl.DataFrame, pl.DataFrame]:
         source = bucket_requests(ctx.table("requests"), _log(ctx).buckets)
-        column = "candidates" if "candidates" in ctx.table("requests").schema else "item_id"
-        columns = ["request_id", "user_id", "timestamp", column]
-        frame = source.read(shard.extra["bucket"], columns)
+        bucket, columns = shard.extra["bucket"], self._columns(ctx)
+        if source.partitioned:
+            frame = source.read(bucket, columns)
+        else:
+            frame = spilled(ctx.scratch / "requests", bucket)
         if shard.index == 0:
             # A row without a user is in no bucket; the first shard reports it.
             nobody = ctx.table("requests").scan(columns).filter(pl.col("user_id").is_null()).collect()

@@ -70,3 +70,12 @@ def blocks_of(
             held = []
         held.append(read_shard(shard, columns))
     yield pl.concat(held)
+
+
+def blocks_of_requests(table: Table, columns: Sequence[str]) -> Iterator[pl.DataFrame]:
+    """Blocks of requests that hold some `BLOCK_ROWS` candidates each."""
+    rows = BLOCK_ROWS
+    if "candidates" in table.schema:
+        listed = table.scan(["candidates"]).head(1024).select(pl.col("candidates").list.len().mean())
+        rows = max(1, int(BLOCK_ROWS / max(1.0, listed.collect().item() or 1.0)))
+    return blocks_of(table, columns, rows=rows)
