@@ -95,8 +95,9 @@ def note(arguments: argparse.Namespace, row: dict[str, Any]) -> None:
 
 def prerank(line: str, out: Path, *more: str) -> dict[str, Any]:
     """Run one line outside of any measurement; its JSON result."""
-    command = [sys.executable, "-m", "prerank_cli", *line.split(), "-o", str(out), "--json", *more]
-    told = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    device = [] if line.startswith("data ") else ["--device", "cpu"]
+    command = [sys.executable, "-m", "prerank_cli", *line.split(), "-o", str(out), "--json", *device, *more]
+    told = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(told.stdout)
 
 

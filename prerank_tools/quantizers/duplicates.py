@@ -52,9 +52,7 @@ def row_hashes(x_ND: np.ndarray) -> np.ndarray:
     """A 64-bit hash a row; equal rows hash equal, and what else does is told apart by `_equal_neighbours`."""
     bytes_per_row = x_ND.dtype.itemsize * x_ND.shape[1]
     words = -(-bytes_per_row // 8)
-    weight_W = np.random.default_rng(0).integers(1, 2**63, size=words, dtype=np.uint64) * np.uint64(
-        2
-    ) + np.uint64(1)
+    weight_W = hash_weights(words)
     hash_N = np.empty(len(x_ND), dtype=np.uint64)
     for start in range(0, len(x_ND), HASH_CHUNK):
         rows = np.ascontiguousarray(x_ND[start : start + HASH_CHUNK])
@@ -68,6 +66,12 @@ def row_hashes(x_ND: np.ndarray) -> np.ndarray:
         folded_NW *= weight_W
         hash_N[start : start + HASH_CHUNK] = folded_NW.sum(axis=1)
     return hash_N
+
+
+def hash_weights(words: int) -> np.ndarray:
+    """Odd multipliers (W,) uint64 of the words of a row."""
+    drawn_W = np.random.default_rng(0).integers(1, 2**63, size=words, dtype=np.uint64)
+    return np.asarray(drawn_W * np.uint64(2) + np.uint64(1))
 
 
 def _equal_neighbours(x_ND: np.ndarray, order_N: np.ndarray, at_R: np.ndarray) -> np.ndarray:

@@ -14,12 +14,11 @@ from prerank_tools.errors import ContractError, UsageError
 from prerank_tools.quantizers.codebook import Codebook, Quantizer, load_codebook, quantizer_of
 from prerank_tools.quantizers.collisions import Policy
 from prerank_tools.quantizers.drift import match_codebook
-from prerank_tools.quantizers.duplicates import row_hashes
 from prerank_tools.quantizers.fit_stage import SidConfig, fit_codebook, known_items, read_vectors, trial_fits
 from prerank_tools.quantizers.mapped_frames import Mapped, mapped_frame
 from prerank_tools.quantizers.publish_stage import Settled, hold_drift, settle
 from prerank_tools.quantizers.published_frames import ledger_to
-from prerank_tools.quantizers.residuals import level_errors, prepared
+from prerank_tools.quantizers.row_facts import row_facts
 from prerank_tools.stage import Context, Part, Shard, Stage, Trial
 from prerank_tools.tables.table import Table, shards_of
 
@@ -122,19 +121,16 @@ class QuantizeSids(Stage):
 
     def process(self, shard: Shard, ctx: Context) -> Part:
         frame, x_ND, bad = read_vectors(shard)
-        order_N = frame["item_id"].arg_sort().to_numpy()
-        frame, x_ND = frame[order_N], x_ND[order_N]
         quantizer = _quantizer(ctx)
         codes_NL = quantizer.encode(x_ND, threads=ctx.threads, device=ctx.device)
-        error_NL = level_errors(quantizer, x_ND, codes_NL)
-        wide_ND = prepared(quantizer, x_ND).astype(np.float32, copy=False)
+        error_NL, hash_N, squares = row_facts(quantizer, x_ND, codes_NL)
         counts = {
             "rows_in": len(frame) + len(bad),
             "squared_error": float(error_NL[:, -1].sum(dtype=np.float64)),
-            "squared_norm": float(np.einsum("nd,nd->", wide_ND, wide_ND, dtype=np.float64)),
+            "squared_norm": squares,
         }
-        rows = mapped_frame(frame, codes_NL, quantizer.sizes, error_NL, row_hashes(x_ND))
-        return Part(rows, bad, counts)
+        rows = mapped_frame(frame, codes_NL, quantizer.sizes, error_NL, hash_N)
+        return Part(rows.sort("item_id"), bad, counts)
 
     def reduce(self, parts: Sequence[Path], ctx: Context) -> Iterator[Part]:
         codebook = load_codebook(ctx.work / "codebook")

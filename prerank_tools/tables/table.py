@@ -18,7 +18,9 @@ import polars as pl
 from prerank_schemas import CONTRACTS, Contract
 from prerank_tools.errors import ContractError, UsageError
 from prerank_tools.stage import Shard
+from prerank_tools.tables.pages import plain_vectors
 from prerank_tools.tables.parquet import read_footer
+from prerank_tools.tables.vectors import numpy_to_vectors
 
 SHARD_ROWS = 65_536
 # Above this size a file is known by its size, footer and modification time instead of all its bytes.
@@ -136,9 +138,33 @@ def shards_of(table: Table, rows: int = SHARD_ROWS) -> list[Shard]:
 
 def read_shard(shard: Shard, columns: Sequence[str] | None = None) -> pl.DataFrame:
     """The rows of one shard that `shards_of` made, normalised as `Table.scan` does."""
-    scan = pl.scan_parquet(shard.path, glob=False).slice(shard.offset, shard.rows)
-    frame = normalise(scan, shard.extra["contract"], scan.collect_schema())
-    return (frame.select(columns) if columns is not None else frame).collect()
+    scan = pl.scan_parquet(shard.path, glob=False)
+    schema = scan.collect_schema()
+    names = list(schema if columns is None else columns)
+    vectors = _plain(shard, {name: schema[name] for name in names if name in schema})
+    rest = [name for name in names if name not in vectors]
+    if not vectors or not rest:  # a frame of vectors alone would have no rows to hold them against
+        vectors, rest = {}, names
+    frame = scan.slice(shard.offset, shard.rows)
+    frame = (
+        normalise(frame, shard.extra["contract"], schema)
+        if not vectors
+        else normalise(
+            frame.select(rest), shard.extra["contract"], pl.Schema({name: schema[name] for name in rest})
+        )
+    )
+    return frame.select(rest).collect().with_columns(vectors.values()).select(names)
+
+
+def _plain(shard: Shard, schema: Mapping[str, pl.DataType]) -> dict[str, pl.Series]:
+    """The vector columns of a shard that can be read from their pages."""
+    kind, found = CONTRACTS[shard.extra["contract"]].kind_of, {}
+    for name, dtype in schema.items():
+        if kind(name) == "vector":
+            x_ND = plain_vectors(Path(shard.path), name, dtype, shard.offset, shard.rows)
+            if x_ND is not None:
+                found[name] = numpy_to_vectors(name, x_ND)
+    return found
 
 
 def normalise(frame: pl.LazyFrame, contract: str, schema: pl.Schema) -> pl.LazyFrame:

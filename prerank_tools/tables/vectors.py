@@ -72,13 +72,13 @@ def faulty_vectors(series: pl.Series) -> pl.Series:
 
 
 def _masses(x_ND: np.ndarray) -> np.ndarray:
-    """Sum of absolute values of each row: zero for a zero row, not finite for a bad one."""
+    """Sum of absolute values of each row, or its length: zero for a zero row, not finite for a bad one."""
     mass_N = np.empty(len(x_ND), dtype=np.float64)
     with np.errstate(over="ignore", invalid="ignore"):
         for start in range(0, len(x_ND), ROWS_IN_CACHE):
             block_ND = x_ND[start : start + ROWS_IN_CACHE].astype(np.float32, copy=False)
-            mass_N[start : start + ROWS_IN_CACHE] = np.abs(block_ND).sum(axis=1)
-    # A sum of float32 may overflow where the row itself does not.
-    large_N = ~np.isfinite(mass_N)
-    mass_N[large_N] = np.abs(x_ND[large_N].astype(np.float64)).sum(axis=1)
+            mass_N[start : start + ROWS_IN_CACHE] = np.sqrt(np.einsum("nd,nd->n", block_ND, block_ND))
+        # Squares leave float32 long before values do: what is not plainly in range is summed again.
+        far_N = ~((mass_N > 1e-15) & (mass_N < 1e15))
+        mass_N[far_N] = np.abs(x_ND[far_N].astype(np.float64)).sum(axis=1)
     return mass_N
