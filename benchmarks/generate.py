@@ -8,6 +8,8 @@ Everything is written part by part, so that memory does not grow with the size; 
 from __future__ import annotations
 
 import argparse
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -40,18 +42,31 @@ def main() -> None:
 def embeddings(folder: Path, size: int, *, dim: int = DIM, seed: int = 0) -> Path:
     """`size` fp16 vectors around 1,000 centres."""
     folder.mkdir(parents=True)
-    rng = np.random.default_rng(seed)
-    centre_KD = rng.standard_normal((1000, dim)).astype(np.float32)
-    for part, start in enumerate(range(0, size, PART)):
-        rows = min(PART, size - start)
-        x_ND = (0.6 * rng.standard_normal((rows, dim), dtype=np.float32)).astype(np.float32)
-        x_ND += centre_KD[rng.integers(0, len(centre_KD), rows)]
-        flat = pl.Series("embedding", x_ND.astype(np.float16).reshape(-1))
-        frame = pl.DataFrame(
-            {"item_id": np.arange(start, start + rows), "embedding": flat.reshape((rows, dim))}
-        )
-        frame.write_parquet(folder / f"part-{part:04d}.parquet", compression="uncompressed")
+    starts = range(0, size, PART)
+    work = [
+        (folder / f"part-{part:04d}.parquet", start, min(PART, size - start))
+        for part, start in enumerate(starts)
+    ]
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        for _ in pool.map(lambda one: _embedding_part(*one, dim=dim, seed=seed), work):
+            pass
     return folder
+
+
+def _embedding_part(path: Path, start: int, rows: int, *, dim: int, seed: int) -> None:
+    centre_KD = np.random.default_rng(seed).standard_normal((1000, dim)).astype(np.float32)
+    rng = np.random.default_rng((seed, start))
+    x_ND = np.empty((rows, dim), dtype=np.float16)
+    for at in range(0, rows, 16_384):  # in the cache, and without a second whole array
+        x_nD = 0.6 * rng.standard_normal((min(16_384, rows - at), dim), dtype=np.float32)
+        x_ND[at : at + len(x_nD)] = x_nD + centre_KD[rng.integers(0, len(centre_KD), len(x_nD))]
+    frame = pl.DataFrame(
+        {
+            "item_id": np.arange(start, start + rows),
+            "embedding": pl.Series("embedding", x_ND.reshape(-1)).reshape((rows, dim)),
+        }
+    )
+    frame.write_parquet(path, compression="uncompressed")
 
 
 def events(folder: Path, size: int, *, users: int = 0, items: int = 100_000, seed: int = 0) -> Path:

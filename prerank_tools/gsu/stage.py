@@ -38,7 +38,7 @@ from prerank_tools.tables.vectors import vectors_to_numpy
 
 Mode = Literal["cosine", "sim-soft", "sim-hard", "sid-prefix"]
 PIECE_ROWS = 20_000  # candidates that --dry-run weighs each --emit on
-SHARD_BYTES = 256 << 20  # of output rows a shard holds in memory
+SHARD_BYTES = 64 << 20  # of output rows a shard holds; its arrays are some eight times that
 TIER_BYTES = 2 * TIERS + 4 + 16
 
 

@@ -50,13 +50,28 @@ def spill(blocks: Iterable[pl.DataFrame], folder: Path, *, by: str, buckets: int
 
 def spilled(folder: Path, bucket: int) -> pl.DataFrame:
     """All rows of one bucket, in the order in which they were written."""
+    return pl.concat(_slices(folder, bucket)).collect()
+
+
+def spilled_blocks(folder: Path, bucket: int, *, rows: int) -> Iterator[pl.DataFrame]:
+    """The same in blocks of about `rows`, at least one: a bucket may hold one id of any size."""
+    held: list[pl.DataFrame] = []
+    for piece in _slices(folder, bucket):
+        held.append(piece.collect())
+        if sum(map(len, held)) >= rows:
+            yield pl.concat(held)
+            held = []
+    if held:
+        yield pl.concat(held)
+
+
+def _slices(folder: Path, bucket: int) -> list[pl.LazyFrame]:
     bounds = np.load(folder / "bounds.npy")
-    slices = [
+    return [
         pl.scan_ipc(folder / f"run-{number:05d}.arrow", glob=False).slice(start, stop - start)
         for number, (start, stop) in enumerate(bounds[:, bucket : bucket + 2])
         if stop > start or not number
     ]
-    return pl.concat(slices).collect()
 
 
 def blocks_of(

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 
 from prerank_schemas import CONTRACTS, Contract
@@ -23,6 +24,7 @@ from prerank_tools.tables.parquet import read_footer
 from prerank_tools.tables.vectors import numpy_to_vectors
 
 SHARD_ROWS = 65_536
+KEY_ROWS = 1 << 19  # rows whose keys are read at a time
 # Above this size a file is known by its size, footer and modification time instead of all its bytes.
 WHOLE_DIGEST_BYTES = 256 << 20
 LATEST_SECOND = 100_000_000_000  # the year 5138; milliseconds of today are past it
@@ -145,15 +147,9 @@ def read_shard(shard: Shard, columns: Sequence[str] | None = None) -> pl.DataFra
     rest = [name for name in names if name not in vectors]
     if not vectors or not rest:  # a frame of vectors alone would have no rows to hold them against
         vectors, rest = {}, names
-    frame = scan.slice(shard.offset, shard.rows)
-    frame = (
-        normalise(frame, shard.extra["contract"], schema)
-        if not vectors
-        else normalise(
-            frame.select(rest), shard.extra["contract"], pl.Schema({name: schema[name] for name in rest})
-        )
-    )
-    return frame.select(rest).collect().with_columns(vectors.values()).select(names)
+    own = pl.Schema({name: schema[name] for name in rest if name in schema})
+    frame = normalise(scan.slice(shard.offset, shard.rows).select(rest), shard.extra["contract"], own)
+    return frame.collect().with_columns(vectors.values()).select(names)
 
 
 def _plain(shard: Shard, schema: Mapping[str, pl.DataType]) -> dict[str, pl.Series]:
@@ -224,7 +220,7 @@ def check_times(table: Table, rules: Contract) -> None:
 def check_key(table: Table, rules: Contract) -> None:
     """Refuse a key that comes twice, naming the first such row."""
     key = [name for name in rules.key if name in table.schema]
-    if not key or len(key) < len(rules.key):
+    if not key or len(key) < len(rules.key) or not _may_repeat(table, key):
         return
     keys = table.scan(key).collect()
     # A null in the key is a fault of its row, met later; two of them are not a repeated key.
@@ -236,6 +232,22 @@ def check_key(table: Table, rules: Contract) -> None:
             f"{table.path}: {value} comes more than once (row {row})",
             f"keep one row for each {' and '.join(key)}",
         )
+
+
+def _may_repeat(table: Table, key: Sequence[str]) -> bool:
+    """Whether two rows agree in 64 bits of their key: without such, no key comes twice; 8 bytes a row."""
+    word_N, filled = np.empty(table.rows, dtype=np.uint64), 0
+    for shard in shards_of(table, KEY_ROWS):
+        keys = read_shard(shard, key).drop_nulls()
+        alone = len(key) == 1 and keys[key[0]].dtype == pl.Int64
+        words = keys[key[0]].to_numpy().view(np.uint64) if alone else keys.hash_rows(0).to_numpy()
+        word_N[filled : filled + len(words)] = words
+        filled += len(words)
+    word_N = word_N[:filled]
+    if (word_N[1:] > word_N[:-1]).all():
+        return False
+    word_N.sort()
+    return bool((word_N[1:] == word_N[:-1]).any())
 
 
 def refuse_remote(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Vectors read from their pages are those that the general reader finds, and anything unusual is left to it."""
+"""Vectors read from their pages are those of the general reader, to which anything unusual is left."""
 
 from __future__ import annotations
 
@@ -93,9 +93,10 @@ def test_files_of_another_writer_are_read_alike(tmp_path: Path) -> None:
     for nullable in (True, False):
         for version in ("1.0", "2.0"):
             field = pa.field("embedding", column.type, nullable=nullable)
+            schema = pa.schema([("item_id", pa.int64()), field])
             path = tmp_path / f"{nullable}{version}.parquet"
             pq.write_table(
-                pa.table([pa.array(range(3_000)), column], schema=pa.schema([("item_id", pa.int64()), field])),
+                pa.table([pa.array(range(3_000)), column], schema=schema),
                 path,
                 compression="none",
                 use_dictionary=False,
