@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
@@ -20,6 +21,8 @@ from prerank_tools.metrics.ranking import auc_per_group
 from prerank_tools.stage import Context, Part, Shard, Stage
 from prerank_tools.tables.bucketing import hash_ids
 from prerank_tools.tables.events import open_events
+from prerank_tools.tables.spill import blocks_of
+from prerank_tools.tables.table import Table
 
 Negatives = Literal["popularity", "uniform"]
 KINDS: tuple[str, ...] = get_args(Negatives)
@@ -87,7 +90,8 @@ class Requests(Stage):
                 f"its events lie from {show(first)} to {show(last)}",
             )
         if "action" in ctx.table("events").schema:
-            actions = ctx.table("events").scan(["action"]).unique().collect()["action"].drop_nulls()
+            blocks = (block["action"].unique() for block in blocks_of(ctx.table("events"), ["action"]))
+            actions = pl.concat(list(blocks)).drop_nulls().unique()
             if self.action not in actions:
                 raise ContractError(
                     f"{self.events}: no event has the action `{self.action}`",
@@ -96,16 +100,19 @@ class Requests(Stage):
 
     def prepare(self, ctx: Context) -> None:
         """Lay down what was known when: item ids, and a pool for each kind of negatives."""
-        log = ctx.table("events")
-        late = [name for name in ("ingested_at", "action") if name in log.schema]
-        events = log.scan(["item_id", "timestamp", *late]).drop_nulls(["item_id", "timestamp"])
-        if "action" in log.schema:
-            events = events.filter(pl.col("action") == self.action)
-        bought, catalogue = events.collect(), None
+        catalogue = None
         if self.items:
             catalogue = ctx.table("items").read(["item_id"])["item_id"]
-            _same_ids(catalogue, bought["item_id"], self.items, self.events)
+            ids = ctx.table("events").scan(["item_id"]).collect_schema()["item_id"]
+            _same_ids(catalogue.dtype, ids, self.items, self.events)
+        bought = partial(self._bought, ctx.table("events"))
         write_known(ctx.scratch / "known", bought, catalogue=catalogue, lag=self.knobs.lag)
+
+    def _bought(self, log: Table) -> Iterator[pl.DataFrame]:
+        """The log's events of the action, block by block."""
+        late = [name for name in ("ingested_at", "action") if name in log.schema]
+        for block in blocks_of(log, ["item_id", "timestamp", *late]):
+            yield _of_action(block.drop_nulls(["item_id", "timestamp"]), self.action)
 
     def plan(self, ctx: Context) -> Sequence[Shard]:
         """One shard a bucket of users."""
@@ -213,10 +220,10 @@ def _of_action(events: pl.DataFrame, action: str) -> pl.DataFrame:
     return events.filter(pl.col("action") == action) if "action" in events.columns else events
 
 
-def _same_ids(one: pl.Series, other: pl.Series, items: Path, events: Path) -> None:
-    if one.dtype != other.dtype:
+def _same_ids(one: pl.DataType, other: pl.DataType, items: Path, events: Path) -> None:
+    if one != other:
         raise ContractError(
-            f"{items}: item_id is {one.dtype}, in {events} it is {other.dtype}", "write both with one type"
+            f"{items}: item_id is {one}, in {events} it is {other}", "write both with one type"
         )
 
 
