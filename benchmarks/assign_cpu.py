@@ -160,7 +160,11 @@ def fitting(x_ND: np.ndarray, threads: int, rounds: int) -> list[str]:
 
 
 def parquet(x_ND: np.ndarray, threads: int, rounds: int) -> list[str]:
-    """The stage, Parquet to Parquet with a given codebook, beside reading and writing the same table."""
+    """The stage, Parquet to Parquet with a given codebook, beside reading and writing the same table.
+
+    The other side is polars' own reading of all columns and writing of them again, uncompressed and in row
+    groups of the same size: no fsync, no checksum, no check of a value.
+    """
     folder = Path(tempfile.mkdtemp(prefix="assign_cpu_"))
     write(folder / "emb.parquet", x_ND, 0)
     run(QuantizeSids(folder / "emb.parquet"), folder / "fit", RunOptions(workers=1, threads=threads))

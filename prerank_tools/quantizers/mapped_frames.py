@@ -42,7 +42,7 @@ class Mapped:
 
     def column(self, name: str, dtype: type) -> np.ndarray:
         """One whole column of numbers (N,)."""
-        values_N = np.empty(self.rows, dtype=dtype)
+        values_N: np.ndarray = np.empty(self.rows, dtype=dtype)
         for at, frame in self.read(name):
             values_N[at] = frame[name].to_numpy()
         return values_N

@@ -22,7 +22,7 @@ import polars as pl
 HEADER_BYTES = 512  # of a page: two dozen, and statistics
 PLAIN, RLE, UNCOMPRESSED, DATA_PAGE = 0, 3, 0, 0
 # Physical type and bytes of a value as they must stand in the file.
-STORED = {pl.Float32: (4, 4), pl.Float16: (7, 2)}
+STORED: dict[Any, tuple[int, int]] = {pl.Float32: (4, 4), pl.Float16: (7, 2)}
 
 
 def plain_vectors(path: Path, column: str, dtype: pl.DataType, offset: int, rows: int) -> np.ndarray | None:
@@ -82,7 +82,7 @@ def _fill_chunk(file: int, chunk: _Chunk, x_ND: np.ndarray, skip: int) -> int:
             take = min(rows - begin, wanted - done)
             target = x_ND[done : done + take]
             place = at + page.header + levels + begin * x_ND.strides[0]
-            if os.preadv(file, [target.reshape(-1).view(np.uint8)], place) != target.nbytes:
+            if os.preadv(file, [memoryview(target).cast("B")], place) != target.nbytes:
                 return 0
             done += take
         row += rows
