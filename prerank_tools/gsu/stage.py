@@ -258,10 +258,8 @@ class GsuTopK(Stage):
     def _requests(self, shard: Shard, ctx: Context) -> tuple[pl.DataFrame, pl.DataFrame]:
         source = bucket_requests(ctx.table("requests"), _log(ctx).buckets)
         bucket, columns = shard.extra["bucket"], self._columns(ctx)
-        if source.partitioned:
-            frame = source.read(bucket, columns)
-        else:
-            frame = spilled(ctx.scratch / "requests", bucket)
+        runs = ctx.scratch / "requests"  # not there for a trial of few shards
+        frame = spilled(runs, bucket) if runs.exists() else source.read(bucket, columns)
         if shard.index == 0:
             # A row without a user is in no bucket; the first shard reports it.
             nobody = ctx.table("requests").scan(columns).filter(pl.col("user_id").is_null()).collect()

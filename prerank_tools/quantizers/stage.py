@@ -34,7 +34,7 @@ class QuantizeSids(Stage):
     name: ClassVar[str] = "quantize.sid"
     output: ClassVar[str] = "item_sids"
     sort_key: ClassVar[tuple[str, ...]] = ("item_id",)
-    reduce_row_bytes: ClassVar[int] = 28  # measured at 1 M and 6 M rows
+    reduce_row_bytes: ClassVar[int] = 50
     tables: ClassVar[Mapping[str, str]] = {"duplicates": ""}
 
     embeddings: Path
