@@ -147,13 +147,11 @@ def partitioned(to: Path, size: int, *, users: int = 0) -> None:
 
 
 def measure(name: str, size: int, arguments: argparse.Namespace) -> None:
-    """One line at one size: what the dry run says, then the repeats."""
+    """One line at one size, so many times."""
     line = LINES[name].format(**inputs(name, size, arguments.data))
     out = arguments.data / "out" / f"{name.replace(' ', '-')}-{size}"
-    planned = prerank(line, out, "--dry-run", "--workers", "1")
     for _ in range(arguments.repeats):
-        row = {"line": name, "size": size, "planned": planned, **watched(line, out, arguments.threads)}
-        note(arguments, row)
+        note(arguments, {"line": name, "size": size, **watched(line, out, arguments.threads)})
     shutil.rmtree(out)
 
 
@@ -288,7 +286,7 @@ def extremes(arguments: argparse.Namespace) -> None:
     for name, line in lines.items():
         for _ in range(arguments.repeats):
             row = watched(line, folder / "out", arguments.threads)
-            note(arguments, {"line": name, "size": 0, "planned": {}, **row})
+            note(arguments, {"line": name, "size": 0, **row})
 
 
 def middles(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -317,8 +315,7 @@ def report(found: list[dict[str, Any]]) -> str:
     head = HEAD.format(
         date=f"{datetime.now(UTC):%Y-%m-%d}", threads=found[0]["threads"], **found[0]["machine"]
     )
-    text = [head, TABLE, *(sized_line(row) for row in sized), "", GROWTH, *growth(sized), "", PLANNED]
-    text += [planned_line(row) for row in sized]
+    text = [head, TABLE, *(sized_line(row) for row in sized), "", GROWTH, *growth(sized)]
     single = [row for row in rows if not row["size"]]
     if single:
         text += ["", SINGLE, *(single_line(row) for row in single)]
@@ -375,21 +372,6 @@ def growth(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def planned_line(row: dict[str, Any]) -> str:
-    """What the dry run said beside what happened."""
-    said = row["planned"]
-    pairs = (
-        ("shards", said.get("shards"), row["shards"]),
-        ("bytes_out", said.get("bytes_out"), row["bytes_out"]),
-        ("memory_bytes", said.get("memory_bytes"), row["peak_mb"] * 2**20),
-    )
-    cells = [
-        "-" if planned is None else f"{planned:,.0f} / {happened:,.0f} ({planned / max(happened, 1):.2f})"
-        for _, planned, happened in pairs
-    ]
-    return f"| {row['line']}, {row['size'] / 1e6:g} M | " + " | ".join(cells) + " |"
-
-
 def single_line(row: dict[str, Any]) -> str:
     """One extreme."""
     numbers = f"{row['seconds']:.1f} | {row['cpu']:.1f} | {row['peak_mb']:,.0f} | {row['rows_out']:,.0f}"
@@ -420,10 +402,6 @@ GROWTH = """From the smallest to the largest size:
 
 | | map memory | reduce bytes a row | CPU a row | under 2 GB |
 |---|---|---|---|---|"""
-PLANNED = """`--dry-run` beside what happened (planned / happened, ratio); `-` where the dry run does not say:
-
-| | shards | bytes out | memory |
-|---|---|---|---|"""
 SINGLE = """Extremes:
 
 | | seconds | CPU s | peak MB | rows out |

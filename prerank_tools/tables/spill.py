@@ -50,25 +50,28 @@ def spill(blocks: Iterable[pl.DataFrame], folder: Path, *, by: str, buckets: int
 
 def spilled(folder: Path, bucket: int) -> pl.DataFrame:
     """All rows of one bucket, in the order in which they were written."""
-    return pl.concat(_slices(folder, bucket)).collect()
+    return pl.concat([piece for piece, _ in _slices(folder, bucket)]).collect()
 
 
 def spilled_blocks(folder: Path, bucket: int, *, rows: int) -> Iterator[pl.DataFrame]:
     """The same in blocks of about `rows`, at least one: a bucket may hold one id of any size."""
-    held: list[pl.DataFrame] = []
-    for piece in _slices(folder, bucket):
-        held.append(piece.collect())
-        if sum(map(len, held)) >= rows:
-            yield pl.concat(held)
-            held = []
+    held: list[pl.LazyFrame] = []
+    count = 0
+    for piece, size in _slices(folder, bucket):
+        held.append(piece)
+        count += size
+        if count >= rows:
+            yield pl.concat(held).collect()
+            held, count = [], 0
     if held:
-        yield pl.concat(held)
+        yield pl.concat(held).collect()
 
 
-def _slices(folder: Path, bucket: int) -> list[pl.LazyFrame]:
+def _slices(folder: Path, bucket: int) -> list[tuple[pl.LazyFrame, int]]:
+    """What each run holds of a bucket, and its rows."""
     bounds = np.load(folder / "bounds.npy")
     return [
-        pl.scan_ipc(folder / f"run-{number:05d}.arrow", glob=False).slice(start, stop - start)
+        (pl.scan_ipc(folder / f"run-{number:05d}.arrow", glob=False).slice(start, stop - start), stop - start)
         for number, (start, stop) in enumerate(bounds[:, bucket : bucket + 2])
         if stop > start or not number
     ]
