@@ -203,7 +203,7 @@ def work(words: list[str]) -> None:
     import polars as pl
 
     from prerank_cli.main import call
-    from prerank_tools.run import commit, job, worker
+    from prerank_tools.run import commit, job, mapping, worker
 
     clocks: dict[str, float] = {"read": 0.0, "write": 0.0, "fsync": 0.0}
     spans: dict[str, tuple[float, float]] = {}
@@ -234,10 +234,10 @@ def work(words: list[str]) -> None:
 
     timed(pl.LazyFrame, "collect", "read")
     timed(worker, "write_part", "write")
-    job.write_part = worker.write_part
+    mapping.write_part = worker.write_part
     timed(commit, "flush", "fsync")
-    spanned("_map", "map")
-    spanned("_reduce", "reduce")
+    spanned("map_stage", "map")
+    spanned("reduce_stage", "reduce")
     import_module(MODULES[" ".join(words[:2])])
     begun = cpu_seconds()
     sys.stdout, stdout = sys.stderr, sys.stdout
