@@ -88,7 +88,7 @@ def heading(given: argparse.Namespace) -> list[str]:
         f"{' --large' if given.large else ''}`",
         f"on {cpu}, {os.cpu_count()} cores, {versions}, Python {platform.python_version()},",
         f"{datetime.now(UTC):%Y-%m-%d}, seed 0. Load average at the start {load}. Paths alternate; "
-        f"medians of {given.rounds}. Ratios are of wall time: how many times the peer's time is ours.", "",
+        f"medians of {given.rounds}. Ratios are of wall time: how many times ours the peer's is.", "",
     ]  # fmt: skip
 
 
