@@ -82,7 +82,8 @@ def _fill_chunk(file: int, chunk: _Chunk, x_ND: np.ndarray, skip: int) -> int:
             take = min(rows - begin, wanted - done)
             target = x_ND[done : done + take]
             place = at + page.header + levels + begin * x_ND.strides[0]
-            if os.preadv(file, [memoryview(target).cast("B")], place) != target.nbytes:
+            view: Any = target  # NumPy's stubs do not say that arrays are buffers
+            if os.preadv(file, [memoryview(view).cast("B")], place) != target.nbytes:
                 return 0
             done += take
         row += rows
