@@ -36,11 +36,10 @@ def residual_quantizer(
 
 
 def fit_loop(x_ND: np.ndarray, sizes: Sequence[int], *, iterations: int, seed: int) -> list[np.ndarray]:
-    """`faiss.Kmeans` a level on what the levels above left; each level has its own seed, or it would start
-    from the very rows that the level above has put at its centroids."""
+    """`faiss.Kmeans` a level on what the levels above left."""
     r_ND, codebooks = x_ND, []
-    for level, size in enumerate(sizes):
-        kmeans = faiss.Kmeans(x_ND.shape[1], size, niter=iterations, seed=seed + level)
+    for size in sizes:
+        kmeans = faiss.Kmeans(x_ND.shape[1], size, niter=iterations, seed=seed)
         kmeans.train(r_ND)
         _, code_N1 = kmeans.index.search(r_ND, 1)
         codebooks.append(kmeans.centroids.copy())

@@ -51,20 +51,17 @@ class RKMeans:
         """Fit all levels on x (N, D): faiss on CPU, torch on GPU.
 
         On CPU, from a random start, the centroids are those of a plain loop over
-        `faiss.Kmeans(D, K, niter=iterations, seed=seed + level)`, its search, and subtraction. With a beam,
-        a level is fitted on what all paths kept so far leave, as faiss' ResidualQuantizer does, unless
-        `refine` follows: a greedy start is as good and cheaper. Raises ContractError where a level has more
-        codes than there are rows.
+        `faiss.Kmeans(D, K, niter=iterations, seed=seed)`, its search, and subtraction. With a beam, a level
+        is fitted on what all paths kept so far leave, as faiss' ResidualQuantizer does, unless `refine`
+        follows: a greedy start is as good and cheaper. Raises ContractError where a level has more codes
+        than there are rows.
         """
         r_ND = self.prepared(x_ND)
         check_rows(len(r_ND), self.sizes)
         codebooks, lengths = [], np.ones(len(r_ND))
         self.scale_L = np.ones(len(self.sizes))
         for level in range(len(self.sizes)):
-            # A seed of its own: with one for all, every level starts from the same rows, and on some data the
-            # levels below the first collapse (perplexity 6 of 256 where own seeds give 57).
-            own = seed + level
-            codebook_KD, code_N = self._fit_level(r_ND, level, seed=own, threads=threads, device=device)
+            codebook_KD, code_N = self._fit_level(r_ND, level, seed=seed, threads=threads, device=device)
             codebooks.append(codebook_KD)
             if self.beam > 1 and not self.refine and level + 1 < len(self.sizes):
                 rows = POINTS_PER_CODE * max(self.sizes)

@@ -22,8 +22,8 @@ def vectors(rows: int = 4_000, dims: int = 24, seed: int = 0) -> np.ndarray:
 def plain_faiss(x_ND: np.ndarray, sizes: tuple[int, ...], niter: int, seed: int) -> tuple[list, np.ndarray]:
     """What anyone would write: faiss k-means, search, subtract."""
     r_ND, codebooks, codes = x_ND.copy(), [], []
-    for level, size in enumerate(sizes):
-        kmeans = faiss.Kmeans(x_ND.shape[1], size, niter=niter, seed=seed + level)
+    for size in sizes:
+        kmeans = faiss.Kmeans(x_ND.shape[1], size, niter=niter, seed=seed)
         kmeans.train(r_ND)
         _, code_N1 = kmeans.index.search(r_ND, 1)
         codebooks.append(kmeans.centroids)
