@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, library
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
@@ -94,7 +94,7 @@ def attend(q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, mask_BS: Tensor | Non
     return out_BSHD
 
 
-@torch.library.custom_op("prerank::short_attention", mutates_args=())
+@library.custom_op("prerank::short_attention", mutates_args=())
 def attend_opaque(
     q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, mask_BS: Tensor | None, scale: float
 ) -> Tensor:
