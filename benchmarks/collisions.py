@@ -17,6 +17,7 @@ import numpy as np
 from peers.grid_dedup import number_by_scans
 
 from prerank_tools.quantizers.collisions import Resolved, resolve
+from prerank_tools.quantizers.sid_keys import pack_codes
 
 SIZES = (256, 256, 256)
 LAST_KD = np.random.default_rng(1).standard_normal((256, 32)).astype(np.float32)
@@ -66,7 +67,7 @@ def run_policy(policy: str, codes_NL: np.ndarray) -> Resolved:
     """One policy over shuffled ids, with made-up residuals where it moves items."""
     ids_N = np.random.default_rng(3).permutation(len(codes_NL))
     return resolve(
-        codes_NL,
+        pack_codes(codes_NL, SIZES),
         ids_N,
         sizes=SIZES,
         policy=policy,  # type: ignore[arg-type]

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from prerank_tools.bits import lowest_bit, set_bits
 from prerank_tools.compiled import kernel
-from prerank_tools.gsu.simd import at_least_32, count_32, reaching_32, set_bits, take_in_32, trailing_zeros
+from prerank_tools.gsu.simd import at_least_32, count_32, reaching_32, take_in_32
 
 LOWEST = np.int16(-32768)
 HIDDEN = LOWEST  # the key of a behaviour that a candidate does not see; no product has it
@@ -140,7 +141,7 @@ def _collect(keys_nC: np.ndarray, start: int, low_1C: np.ndarray, k: int, lists:
         for at in range(0, keys_nC.shape[1], WIDE):
             bits = reaching_32(keys_nC, i, at, low_1C) | reaching_32(keys_nC, i + 1, at, low_1C) << 32
             while bits:
-                bit = trailing_zeros(bits)
+                bit = lowest_bit(bits)
                 bits &= bits - 1
                 row, c = i + (bit >> 5), at + (bit & 31)
                 _append(lists, c, start + row, keys_nC[row, c])

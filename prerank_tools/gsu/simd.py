@@ -187,26 +187,6 @@ def count_above(typingctx: Any, sims_1B: Any, size: Any, step: Any, count_1B: An
     return types.void(sims_1B, types.int64, types.int64, count_1B), codegen
 
 
-@vector_code
-def trailing_zeros(typingctx: Any, bits: Any) -> Any:
-    """Index of the lowest set bit."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.cttz(args[0], ir.Constant(ir.IntType(1), 1))
-
-    return types.int64(types.int64), codegen
-
-
-@vector_code
-def set_bits(typingctx: Any, bits: Any) -> Any:
-    """How many bits are set."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.ctpop(args[0])
-
-    return types.int64(types.int64), codegen
-
-
 def _row(context: Any, builder: Any, array_type: Any, array: Any, row: Any) -> tuple[Any, Any]:
     """Pointer to the row's first value, and how many vectors of 16 it has."""
     view = context.make_array(array_type)(context, builder, array)

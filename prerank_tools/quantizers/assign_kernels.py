@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from prerank_tools.bits import highest_bit, lowest_bit, set_bits
 from prerank_tools.compiled import kernel
 from prerank_tools.quantizers.assign import COARSE_TIE
 from prerank_tools.quantizers.assign_simd import (
@@ -15,9 +16,6 @@ from prerank_tools.quantizers.assign_simd import (
     bits_of,
     distances,
     float_of,
-    highest_bit,
-    lowest_bit,
-    set_bits,
     widen,
     within_64,
 )

@@ -14,7 +14,6 @@ from prerank_tools.quantizers.last_level import LastDistances, move_last
 from prerank_tools.quantizers.sid_keys import (
     group_starts,
     order_by_key,
-    pack_codes,
     place_in_group,
     shared,
     unpack_codes,
@@ -67,28 +66,17 @@ EMPTY = Ledger(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
 
 @dataclass(frozen=True)
 class Resolved:
-    """SIDs after a policy: the codes, the suffix of each item (policy `suffix`), and what it took."""
+    """SIDs after a policy, each as one integer; the suffix of each item (policy `suffix`), what it took."""
 
-    codes_NL: np.ndarray
+    key_N: np.ndarray
     suffix_N: np.ndarray | None = None
     ledger: Ledger = EMPTY
     moved: int = 0
     unresolved: int = 0  # items left over capacity because no last code near them was free
 
 
-@dataclass(frozen=True)
-class ResolvedKeys:
-    """As `Resolved`, each SID as one integer."""
-
-    key_N: np.ndarray
-    suffix_N: np.ndarray | None = None
-    ledger: Ledger = EMPTY
-    moved: int = 0
-    unresolved: int = 0
-
-
 def resolve(
-    codes_NL: np.ndarray,
+    key_N: np.ndarray,
     ids_N: np.ndarray,
     *,
     sizes: Sequence[int],
@@ -100,49 +88,16 @@ def resolve(
     suffix_N: np.ndarray | None = None,
     ledger: Ledger = EMPTY,
 ) -> Resolved:
-    """Settle collisions by one policy; a function of the set of items alone, whatever their order.
+    """Settle collisions of packed codes by one policy; a function of the set of items, whatever their order.
 
     `published_N` marks items whose SID (and `suffix_N`) stands and is never changed; `ledger` knows the
     suffixes ever given. `distances(rows)` gives squared distances of rows to all last-level codes, under
     the row's own prefix; policies that move items need it. Idempotent: the same items again change nothing.
     """
-    codes_NL = np.ascontiguousarray(codes_NL)
-    if policy == "keep":
-        return Resolved(codes_NL)
-    found = resolve_keys(
-        pack_codes(codes_NL, sizes),
-        np.asarray(ids_N),
-        sizes=sizes,
-        policy=policy,
-        distances=distances,
-        width=width,
-        capacity=capacity,
-        published_N=published_N,
-        suffix_N=suffix_N,
-        ledger=ledger,
-    )
-    out_NL = unpack_codes(found.key_N, sizes).astype(codes_NL.dtype)
-    return Resolved(out_NL, found.suffix_N, found.ledger, found.moved, found.unresolved)
-
-
-def resolve_keys(
-    key_N: np.ndarray,
-    ids_N: np.ndarray,
-    *,
-    sizes: Sequence[int],
-    policy: Policy = "keep",
-    distances: LastDistances | None = None,
-    width: int = 256,
-    capacity: int = 5,
-    published_N: np.ndarray | None = None,
-    suffix_N: np.ndarray | None = None,
-    ledger: Ledger = EMPTY,
-) -> ResolvedKeys:
-    """As `resolve`, over codes packed to one integer: what a catalogue of any size is settled with."""
     if policy not in get_args(Policy):
         raise UsageError(f"unknown collision policy {policy!r}", "one of " + ", ".join(get_args(Policy)))
     if policy == "keep":
-        return ResolvedKeys(key_N)
+        return Resolved(key_N)
     if policy == "suffix":
         return _number(key_N, ids_N, sizes, width, published_N, suffix_N, ledger)
     if distances is None:
@@ -153,7 +108,7 @@ def resolve_keys(
     out_N += key_N - key_N % sizes[-1]
     size_M = np.diff(group_starts(np.sort(out_N)), append=len(out_N))
     crowded = int(np.maximum(size_M - room, 0).sum())
-    return ResolvedKeys(out_N, moved=int((out_N != key_N).sum()), unresolved=crowded)
+    return Resolved(out_N, moved=int((out_N != key_N).sum()), unresolved=crowded)
 
 
 def _number(
@@ -164,7 +119,7 @@ def _number(
     published_N: np.ndarray | None,
     suffix_N: np.ndarray | None,
     ledger: Ledger,
-) -> ResolvedKeys:
+) -> Resolved:
     """TIGER's extra token: a running index, in item id order, among the items that share all codes."""
     out_N = np.zeros(len(key_N), dtype=np.int64)
     new_N = np.ones(len(key_N), dtype=bool)
@@ -181,7 +136,7 @@ def _number(
     key_R = key_N[rows_R]
     out_N[rows_R] = ledger.next_free(key_R) + place_in_group(key_R)
     _refuse_wide(out_N, key_N, sizes, width)
-    return ResolvedKeys(key_N, out_N, ledger.merge(Ledger.of(key_N, out_N)))
+    return Resolved(key_N, out_N, ledger.merge(Ledger.of(key_N, out_N)))
 
 
 def _refuse_wide(suffix_N: np.ndarray, key_N: np.ndarray, sizes: Sequence[int], width: int) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import polars as pl
 
 from prerank_tools.quantizers.codebook import Codebook, quantizer_of, token
-from prerank_tools.quantizers.collisions import Ledger, Policy, ResolvedKeys, resolve_keys
+from prerank_tools.quantizers.collisions import Ledger, Policy, Resolved, resolve
 from prerank_tools.quantizers.drift import Churn, NewItems
 from prerank_tools.quantizers.duplicates import content_groups, hash_floor
 from prerank_tools.quantizers.fit_stage import SidConfig, vectors_of
@@ -36,7 +36,7 @@ class Settled:
 
     mapped: Mapped
     sizes: tuple[int, ...]
-    resolved: ResolvedKeys
+    resolved: Resolved
     duplicates: pl.DataFrame
     quality: dict[str, Any]
     ledger: Ledger
@@ -57,7 +57,7 @@ def settle(mapped: Mapped, codebook: Codebook, how: tuple[Policy, bool, SidConfi
     kept_N, edited_N = _kept(key_N, before, codebook, policy, reassign)
     if before.key_N is not None:
         np.copyto(key_N, before.key_N, where=kept_N)
-    resolved = resolve_keys(
+    resolved = resolve(
         key_N,
         _places(mapped, key_N, codebook, policy),
         sizes=codebook.sizes,
@@ -109,9 +109,7 @@ def hold_drift(settled: Settled, codebook: Codebook, config: SidConfig, ctx: Con
     )
 
 
-def sid_frame(
-    ids: pl.Series, resolved: ResolvedKeys, sizes: tuple[int, ...], rows_n: np.ndarray
-) -> pl.DataFrame:
+def sid_frame(ids: pl.Series, resolved: Resolved, sizes: tuple[int, ...], rows_n: np.ndarray) -> pl.DataFrame:
     """item_id, codes, sid and, where items are numbered, suffix; the SID then ends in its token."""
     codes_nL = unpack_codes(resolved.key_N[rows_n], sizes).astype(np.uint16)
     codes = pl.Series("codes", codes_nL, dtype=pl.Array(pl.UInt16, len(sizes)))
@@ -182,7 +180,7 @@ def _alike(mapped: Mapped) -> tuple[tuple[np.ndarray, np.ndarray], float]:
     return (rows_R, rows_R[content_groups(hash_N[rows_R])]), hash_floor(hash_N)
 
 
-def _report(mapped: Mapped, resolved: ResolvedKeys, codebook: Codebook, floor: float) -> dict[str, Any]:
+def _report(mapped: Mapped, resolved: Resolved, codebook: Codebook, floor: float) -> dict[str, Any]:
     """Collisions beside the floor that no codebook can pass, and the use of every level."""
     counts = SidCounts(codebook.sizes)
     for start in range(0, mapped.rows, CHUNK):
@@ -206,9 +204,7 @@ def _report(mapped: Mapped, resolved: ResolvedKeys, codebook: Codebook, floor: f
     return found | {"levels": use.as_dict()["levels"]}
 
 
-def _life(
-    before: Published, edited_N: np.ndarray, resolved: ResolvedKeys, codebook: Codebook
-) -> dict[str, Any]:
+def _life(before: Published, edited_N: np.ndarray, resolved: Resolved, codebook: Codebook) -> dict[str, Any]:
     """What became of the SIDs published before: kept under the same codebook, or moved by a refit."""
     known_N = before.known_N
     if not known_N.any():
@@ -233,7 +229,7 @@ def _life(
 
 def _duplicates(
     mapped: Mapped,
-    resolved: ResolvedKeys,
+    resolved: Resolved,
     sizes: tuple[int, ...],
     alike: tuple[np.ndarray, np.ndarray],
 ) -> pl.DataFrame:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -10,11 +11,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prerank_tools.errors import ContractError, UsageError
-from prerank_tools.quantizers.collisions import EMPTY, Ledger, resolve
+from prerank_tools.quantizers import collisions
+from prerank_tools.quantizers.collisions import EMPTY, Ledger
 from prerank_tools.quantizers.sid_keys import pack_codes, unpack_codes
 
 SIZES = (4, 4)
 POLICIES = ["keep", "suffix", "capacity", "sinkhorn", "optimal"]
+
+
+class Unpacked(NamedTuple):
+    codes_NL: np.ndarray
+    suffix_N: np.ndarray | None
+    ledger: Ledger
+    moved: int
+    unresolved: int
+
+
+def resolve(codes_NL: np.ndarray, ids_N: np.ndarray, *, sizes: tuple[int, ...], **how: Any) -> Unpacked:
+    """As `collisions.resolve`, codes in and out as small tables are written down here."""
+    found = collisions.resolve(pack_codes(codes_NL, sizes), ids_N, sizes=sizes, **how)
+    codes_NL = unpack_codes(found.key_N, sizes)
+    return Unpacked(codes_NL, found.suffix_N, found.ledger, found.moved, found.unresolved)
 
 
 def on_a_line(x_N: np.ndarray, codes: int = 4):  # type: ignore[no-untyped-def]
