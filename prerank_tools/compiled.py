@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,9 @@ def kernel(
     except RuntimeError:
         return numba.njit(**options)(function)
     # Numba drops kept code when the function's own file changes; it also holds what files beside it say.
-    kept = compiled._cache._cache_file
-    kept._source_stamp = (kept._source_stamp, _digest(Path(function.__code__.co_filename).parent))
+    with suppress(AttributeError):  # no public name: another numba may have none, and then only loses this
+        kept = compiled._cache._cache_file
+        kept._source_stamp = (kept._source_stamp, _digest(Path(function.__code__.co_filename).parent))
     return compiled
 
 
