@@ -102,6 +102,13 @@ def flush_tree(folder: Path) -> None:
         flush(Path(place))
 
 
+def flush_files(folder: Path) -> None:
+    """fsync every file of a tree, written by whoever did not."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            flush(path)
+
+
 def sha256(path: Path) -> str:
     """Hex sha256 of a file."""
     with path.open("rb") as stream:

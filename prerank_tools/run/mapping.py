@@ -13,7 +13,7 @@ from uuid import uuid4
 
 from prerank_tools.engines import map_shards, torchrun
 from prerank_tools.errors import ContractError
-from prerank_tools.run.commit import commit_json, sha256
+from prerank_tools.run.commit import commit_json, flush_files, sha256
 from prerank_tools.run.events import Events, tell, told_of_faults
 from prerank_tools.run.options import RunOptions
 from prerank_tools.run.publishing import published_files
@@ -98,6 +98,8 @@ def _prepare(stage: Stage, ctx: Context) -> None:
             ctx.gates.extend(record["gates"])
             return
     stage.prepare(ctx)
+    # The record vouches for the scratch files of `prepare` too, and nobody looks at those again.
+    flush_files(ctx.scratch)
     files = [
         {"path": str(path.relative_to(ctx.work)), "bytes": path.stat().st_size, "sha256": sha256(path)}
         for path in published_files(ctx.work)

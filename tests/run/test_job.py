@@ -9,9 +9,10 @@ import polars as pl
 import pytest
 
 from prerank_tools.errors import ConflictError, ContractError, GateError, RetryError, UsageError
-from prerank_tools.run import job, worker
+from prerank_tools.run import commit, job, worker
 from prerank_tools.run.job import RunOptions, run
 from prerank_tools.run.lock import Lock
+from prerank_tools.stage import Context
 from prerank_tools.tables.table import open_table
 from tests.toy import Copy, Number, tree, write_items
 
@@ -203,3 +204,26 @@ def test_a_part_is_committed_only_after_its_bytes(tmp_path: Path) -> None:
     part = tmp_path / "out" / record["files"][0]["path"]
     assert record["files"][0]["bytes"] == part.stat().st_size
     assert worker.summed([record, record]) == {"rows_in": 6, "quarantined": 0}
+
+
+class Prepared(Copy):
+    """Leaves a file for its shards, as a stage does that buckets its input."""
+
+    def prepare(self, ctx: Context) -> None:
+        (ctx.scratch / "runs").mkdir()
+        (ctx.scratch / "runs" / "one").write_bytes(b"rows")
+
+
+def test_what_prepare_leaves_for_the_shards_is_on_disk_before_the_record_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    items = write_items(tmp_path / "items.parquet")
+    flush, flushed = commit.flush, []
+
+    def recorded(path: Path) -> None:
+        flushed.append(path.name)
+        flush(path)
+
+    monkeypatch.setattr(commit, "flush", recorded)
+    run(Prepared(items), tmp_path / "out", ONE)
+    assert flushed.index("one") < flushed.index(".prepare.json.tmp")
