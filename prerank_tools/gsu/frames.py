@@ -38,23 +38,18 @@ class Search:
         back_R[self.order_M] = np.arange(len(back_R))
         return TopK(*(part[back_R] for part in found))
 
-    def behavior_items(self, positions_MK: np.ndarray) -> np.ndarray:
-        """Places in `items` of found behaviours, in search order; anything where the position is -1."""
-        first_M = self.groups.history_offsets[:-1][self.groups.of_candidates()]
-        at_MK = np.minimum(
-            first_M[:, None] + np.maximum(positions_MK, 0), max(len(self.groups.history_rows_N) - 1, 0)
-        )
-        return self.groups.history_rows_N[at_MK] if len(self.groups.history_rows_N) else np.zeros_like(at_MK)
-
 
 def flat_requests(requests: pl.DataFrame) -> pl.DataFrame:
     """(request_id, user_id, timestamp, item_id): a row a candidate, by request and item, each once."""
     if "candidates" in requests.columns:
-        requests = requests.with_columns(pl.col("candidates").alias("item_id")).explode("item_id")
+        # Without the list itself, which would be repeated on each of its rows.
+        listed = requests.select("request_id", "user_id", "timestamp", pl.col("candidates").alias("item_id"))
+        requests = listed.explode("item_id")
     asked = requests.select("request_id", "user_id", "timestamp", "item_id").drop_nulls()
-    return asked.unique(["request_id", "item_id"], keep="first", maintain_order=True).sort(
-        "request_id", "item_id"
-    )
+    asked = asked.sort("request_id", "item_id", maintain_order=True)
+    pair = [asked[name] for name in ("request_id", "item_id")]
+    again = [(column == column.shift()).fill_null(False) for column in pair]
+    return asked.filter(~(again[0] & again[1]))
 
 
 def search_of(asked: pl.DataFrame, events: pl.DataFrame, *, lag: int = 0) -> Search:
@@ -64,15 +59,21 @@ def search_of(asked: pl.DataFrame, events: pl.DataFrame, *, lag: int = 0) -> Sea
     request. Requests of a user share one history, of which each sees a prefix; a request that must not see
     some late row within its prefix gets a history of its own.
     """
-    users = asked["user_id"].unique()
+    users = asked["user_id"].unique().sort()
     events = events.filter(pl.col("user_id").is_in(users.implode()))
-    # Oldest first; of two at one time the smaller id is last: "later in the history" settles every tie.
-    events = events.sort(["user_id", "timestamp", "item_id"], descending=[False, False, True])
     items = pl.concat([asked["item_id"], events["item_id"]]).unique().sort()
-    item_N, item_R = _codes(events["item_id"], items), _codes(asked["item_id"], items)
-    users = pl.concat([users, events["user_id"]]).unique().sort()
-    user_N, user_R = _codes(events["user_id"], users), _codes(asked["user_id"], users)
-    time_N, known_N = events["timestamp"].to_numpy(), known_at(events, lag=lag).to_numpy()
+    item_R, user_R = _codes(asked["item_id"], items), _codes(asked["user_id"], users)
+    log = pl.DataFrame(
+        {
+            "user": _codes(events["user_id"], users),
+            "time": events["timestamp"],
+            "item": _codes(events["item_id"], items),
+            "known": known_at(events, lag=lag),
+        }
+    )
+    # Oldest first; of two at one time the smaller id is last: "later in the history" settles every tie.
+    log = log.sort(["user", "time", "item", "known"], descending=[False, False, True, False])
+    user_N, time_N, item_N, known_N = (column.to_numpy() for column in log)
     time_R = asked["timestamp"].to_numpy()
     first_R = np.searchsorted(user_N, user_R)
     visible_R = _before(user_N, time_N, user_R, time_R) - first_R

@@ -89,7 +89,7 @@ def finish_block(
         c, visible = m - first, groups.visible_M[m]
         if inverse_C[c] == 0.0:
             continue
-        widen_row(table_VD, groups.candidate_rows_M[m], candidate_1D)
+        widen_row(table_VD, groups.candidate_rows_M[m], candidate_1D, 0)
         if lists.size_C[c] >= 0:
             kept = _finish(table_VD, past, candidate_1D, inverse_C[c], lists, c, exact_1B, above_1B, found, m)
         else:
@@ -124,7 +124,7 @@ def _finish(
         exact_1B[0, left] = sim
         ids_B[left] = ids_B[b]
         left += sim != 0.0
-    return _order(exact_1B, above_1B, ids_B, left, found.positions_MK[m], found.sims_MK[m])
+    return order_best(exact_1B, above_1B, ids_B, left, found.positions_MK[m], found.sims_MK[m])
 
 
 @kernel
@@ -169,7 +169,7 @@ def _cosine_at(
 
 
 @kernel(inlined=True)
-def _order(
+def order_best(
     exact_1B: np.ndarray,
     above_1B: np.ndarray,
     ids_B: np.ndarray,
@@ -223,7 +223,7 @@ def _cosines_at(table_VD: np.ndarray, groups: Groups, group_M: np.ndarray, found
             past = past_of(table_VD, groups, group_M[m])
         if inverse_M[m] == 0.0:
             continue
-        widen_row(table_VD, groups.candidate_rows_M[m], candidate_1D)
+        widen_row(table_VD, groups.candidate_rows_M[m], candidate_1D, 0)
         for i in range(found.positions_MK.shape[1]):
             at = found.positions_MK[m, i]
             if at >= 0:

@@ -22,9 +22,10 @@ from prerank_tools.gsu.rank import (
     stored_bits,
 )
 from prerank_tools.gsu.search import RECENT, Groups, TopK, empty_topk
+from prerank_tools.gsu.search_short import search_short
 from prerank_tools.gsu.select import LOWEST, WIDE, Shortlists, absorb
 from prerank_tools.gsu.simd import fetch_row, unit_bf16_row
-from prerank_tools.gsu.simtier import TIERS
+from prerank_tools.gsu.simtier import PAD_SIM, TIERS
 from prerank_tools.tiles import (
     SIDE,
     STEP,
@@ -39,8 +40,8 @@ from prerank_tools.tiles import (
 
 CHUNK = 4096  # behaviours whose products are held at once
 BLOCK = 256  # candidates of a user that pass over the history together
-SHORT = 160  # a history this short is cheaper scored exactly than selected from
-FEW = 3  # so is any history for this few candidates
+SHORT = 640  # a history this short is cheaper scored exactly, all of it, than selected from
+FEW = 3  # so is any history, one behaviour after the other, for this few candidates
 CAPACITY = 1024  # shortlist entries a candidate; a row that needs more is scored exactly
 MAX_LOSS = 2.0**-8 * 1.001  # length of what rounding a unit vector to bf16 can lose
 
@@ -49,7 +50,7 @@ def topk_numba(
     table_VD: np.ndarray, groups: Groups, *, k: int = 50, recent: int = RECENT, threads: int = 2
 ) -> TopK:
     """`search.topk` on `threads` cores; scratch memory is bounded by the chunk, however long a history."""
-    found = empty_topk(len(groups.candidate_rows_M), k=k, recent=recent)
+    found = _unwritten(len(groups.candidate_rows_M), k, recent)
     table_VD = stored_bits(table_VD)
     before = torch.get_num_threads()
     parts = iter(_parts(groups, 1 if threads == 1 else threads * 8))
@@ -64,6 +65,12 @@ def count_tiers(sims_MK: np.ndarray) -> np.ndarray:
     counts_MN = np.zeros((len(sims_MK), TIERS), dtype=np.uint8)
     _count_tiers(np.ascontiguousarray(sims_MK, dtype=np.float32), counts_MN)
     return counts_MN
+
+
+def _unwritten(candidates: int, k: int, recent: int) -> TopK:
+    """The arrays of `empty_topk`; each thread empties the rows that it then fills."""
+    empty = empty_topk(0, k=k, recent=recent)
+    return TopK(*(np.empty((candidates, *part.shape[1:]), dtype=part.dtype) for part in empty))
 
 
 class _Blocks(NamedTuple):
@@ -122,11 +129,15 @@ def _search(table_VD: np.ndarray, groups: Groups, found: TopK, parts: Iterator[_
     """Search what is left of the parts: long blocks through shortlists, the others exactly as they stand."""
     scratch, k = None, found.positions_MK.shape[1]
     for blocks in parts:
+        _empty_rows(found, blocks)
         history_T = np.diff(groups.history_offsets)[blocks.group_T]
-        long_T = (history_T > max(SHORT, 2 * k)) & (blocks.last_T - blocks.first_T > FEW)
-        long_T &= 2 * k <= CAPACITY
-        if not long_T.all():
-            _search_short(table_VD, groups, found, _Blocks(*(column[~long_T] for column in blocks)))
+        short_T = history_T <= max(SHORT, 2 * k)
+        few_T = ~short_T & ((blocks.last_T - blocks.first_T <= FEW) | (2 * k > CAPACITY))
+        long_T = ~short_T & ~few_T
+        if short_T.any():
+            search_short(table_VD, groups, found, *(column[short_T] for column in blocks))
+        if few_T.any():
+            _search_few(table_VD, groups, found, _Blocks(*(column[few_T] for column in blocks)))
         if long_T.any():
             scratch = scratch or _Scratch.of(table_VD.shape[1], groups, have_tiles())
             search = _search_long_tiles if have_tiles() else _search_long
@@ -236,7 +247,17 @@ def _bf16(bits: np.ndarray) -> torch.Tensor:
 
 
 @kernel
-def _search_short(table_VD: np.ndarray, groups: Groups, found: TopK, blocks: _Blocks) -> None:
+def _empty_rows(found: TopK, blocks: _Blocks) -> None:
+    for t in range(len(blocks.group_T)):
+        for m in range(blocks.first_T[t], blocks.last_T[t]):
+            found.positions_MK[m] = -1
+            found.sims_MK[m] = PAD_SIM
+            found.n_valid_M[m] = 0
+            found.recent_MS[m] = PAD_SIM
+
+
+@kernel
+def _search_few(table_VD: np.ndarray, groups: Groups, found: TopK, blocks: _Blocks) -> None:
     for t in range(len(blocks.group_T)):
         past = past_of(table_VD, groups, blocks.group_T[t])
         first, last = blocks.first_T[t], blocks.last_T[t]

@@ -40,17 +40,48 @@ def lane_dot(typingctx: Any, x_VD: Any, x_row: Any, y_VD: Any, y_row: Any) -> An
 
 
 @vector_code
-def widen_row(typingctx: Any, x_VD: Any, x_row: Any, out_1D: Any) -> Any:
+def lane_dots_4x2(typingctx: Any, x_ND: Any, x_row: Any, y_CD: Any, y_row: Any, out_CN: Any) -> Any:
+    """`lane_dot` of four rows of `x_ND` with two of `y_CD`, both float64, to `out_CN[y_row, x_row]` and on.
+
+    The same bits in 5 ns a pair: eight sums hide each other's latency and share the loads and the halving.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        rows = [builder.add(args[1], ir.Constant(_I64, i)) for i in range(4)]
+        columns = [builder.add(args[3], ir.Constant(_I64, i)) for i in range(2)]
+        xs = [_row(context, builder, signature.args[0], args[0], row) for row in rows]
+        ys = [_row(context, builder, signature.args[2], args[2], row)[0] for row in columns]
+        zero = ir.Constant(ir.VectorType(_F64, LANES), [0.0] * LANES)
+        totals = [cgutils.alloca_once_value(builder, zero) for _ in range(8)]
+        with cgutils.for_range(builder, xs[0][1], intp=_I64) as loop:
+            x_4L = [_load(builder, types.float64, x, loop.index) for x, _ in xs]
+            y_2L = [_load(builder, types.float64, y, loop.index) for y in ys]
+            for i, total in enumerate(totals):
+                fused = _fused(builder, x_4L[i % 4], y_2L[i // 4], builder.load(total))
+                builder.store(fused, total)
+        dots_8 = _halving_sums(builder, [builder.load(total) for total in totals])
+        for i, column in enumerate(columns):
+            row, _ = _row(context, builder, signature.args[4], args[4], column)
+            four = _pick(builder, dots_8, range(4 * i, 4 * i + 4))
+            at = builder.bitcast(builder.gep(row, [args[1]]), four.type.as_pointer())
+            builder.store(four, at, align=8)
+        return context.get_dummy_value()
+
+    return types.void(x_ND, types.int64, y_CD, types.int64, out_CN), codegen
+
+
+@vector_code
+def widen_row(typingctx: Any, x_VD: Any, x_row: Any, out_ND: Any, out_row: Any) -> Any:
     """Write row `x_row` as float64."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         x, steps = _row(context, builder, signature.args[0], args[0], args[1])
-        out, _ = _row(context, builder, signature.args[2], args[2], ir.Constant(_I64, 0))
+        out, _ = _row(context, builder, signature.args[2], args[2], args[3])
         with cgutils.for_range(builder, steps, intp=_I64) as loop:
             _store(builder, _load(builder, signature.args[0].dtype, x, loop.index), out, loop.index)
         return context.get_dummy_value()
 
-    return types.void(x_VD, types.int64, out_1D), codegen
+    return types.void(x_VD, types.int64, out_ND, types.int64), codegen
 
 
 @vector_code
@@ -187,6 +218,24 @@ def count_above(typingctx: Any, sims_1B: Any, size: Any, step: Any, count_1B: An
     return types.void(sims_1B, types.int64, types.int64, count_1B), codegen
 
 
+@vector_code
+def count_reaching(typingctx: Any, sims_CN: Any, row: Any, size: Any, low: Any) -> Any:
+    """How many of the first `size` float64 values of a row are at least `low`; `size` a multiple of 16."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        sims, _ = _row(context, builder, signature.args[0], args[0], args[1])
+        low_L = _splat(builder, args[3], LANES)
+        count = cgutils.alloca_once_value(builder, _constant(_I64, 0))
+        steps = builder.udiv(args[2], ir.Constant(_I64, LANES))
+        with cgutils.for_range(builder, steps, intp=_I64) as loop:
+            reached = builder.fcmp_ordered(">=", _load(builder, types.float64, sims, loop.index), low_L)
+            more_L = builder.add(builder.load(count), _constant(_I64, 1))
+            builder.store(builder.select(reached, more_L, builder.load(count)), count)
+        return _halving_sum(builder, builder.load(count))
+
+    return types.int64(sims_CN, types.int64, types.int64, types.float64), codegen
+
+
 def _row(context: Any, builder: Any, array_type: Any, array: Any, row: Any) -> tuple[Any, Any]:
     """Pointer to the row's first value, and how many vectors of 16 it has."""
     view = context.make_array(array_type)(context, builder, array)
@@ -230,12 +279,32 @@ def _fused(builder: Any, x_L: Any, y_L: Any, z_L: Any) -> Any:
 
 
 def _halving_sum(builder: Any, total: Any) -> Any:
+    add = builder.add if isinstance(total.type.element, ir.IntType) else builder.fadd
     width = LANES
     while width > 1:
         width //= 2
         low, high = (_pick(builder, total, range(start, start + width)) for start in (0, width))
-        total = builder.fadd(low, high)
+        total = add(low, high)
     return builder.extract_element(total, ir.Constant(_I32, 0))
+
+
+def _halving_sums(builder: Any, totals: list[Any]) -> Any:
+    """`_halving_sum` of eight vectors at once, as one vector: two halves share a register at each step."""
+    eights = [
+        builder.fadd(_pick(builder, total, range(8)), _pick(builder, total, range(8, 16))) for total in totals
+    ]
+    for width in (4, 2, 1):
+        lows = [lane for lane in range(16) if lane // width % 2 == 0]
+        both = zip(eights[::2], eights[1::2], strict=True)
+        eights = [
+            builder.fadd(_blend(builder, a, b, lows), _blend(builder, a, b, [lane + width for lane in lows]))
+            for a, b in both
+        ]
+    return eights[0]
+
+
+def _blend(builder: Any, a: Any, b: Any, lanes: list[int]) -> Any:
+    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_I32, len(lanes)), lanes))
 
 
 def _pick(builder: Any, vector: Any, lanes: range) -> Any:

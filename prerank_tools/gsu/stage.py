@@ -18,6 +18,7 @@ from prerank_tools.gsu.frames import Search, flat_requests, search_of
 from prerank_tools.gsu.modes import topk_by_ids, topk_by_prefix
 from prerank_tools.gsu.output_frames import LIST_COLUMNS, TIER_COLUMNS, Emit, gsu_frame
 from prerank_tools.gsu.search import TopK, topk
+from prerank_tools.gsu.shard_rows import bucket_rows, candidates_of, events_of, log_of, requests_of
 from prerank_tools.gsu.simtier import TIERS
 from prerank_tools.gsu.two_step import Index, Recall, TwoStepConfig, topk_two_step
 from prerank_tools.gsu.vector_frames import (
@@ -29,11 +30,7 @@ from prerank_tools.gsu.vector_frames import (
     read_vectors,
 )
 from prerank_tools.stage import Context, Part, Shard, Stage, Trial
-from prerank_tools.tables.bucketing import hash_ids
-from prerank_tools.tables.contracts import split_rows
-from prerank_tools.tables.events import EventLog, bucket_requests, open_events
 from prerank_tools.tables.parquet import write_parquet
-from prerank_tools.tables.spill import blocks_of_requests, spill, spilled
 from prerank_tools.tables.vectors import vectors_to_numpy
 
 Mode = Literal["cosine", "sim-soft", "sim-hard", "sid-prefix"]
@@ -125,19 +122,15 @@ class GsuTopK(Stage):
             )
 
     def prepare(self, ctx: Context) -> None:
-        """Map a catalogue too large to hold in every worker; bucket requests that lie in no buckets."""
+        """Map a catalogue too large to hold in every worker; bucket rows that lie in no buckets."""
         for role in self._vector_roles():
             if is_large(ctx.table(role)):
                 map_vectors(ctx.table(role), ctx.scratch / role)
-        source = bucket_requests(ctx.table("requests"), _log(ctx).buckets)
-        if not source.partitioned:
-            blocks = blocks_of_requests(source.table, self._columns(ctx))
-            somebody = (block.drop_nulls("user_id") for block in blocks)
-            spill(somebody, ctx.scratch / "requests", by="user_id", buckets=source.buckets)
+        bucket_rows(ctx)
 
     def plan(self, ctx: Context) -> Sequence[Shard]:
         """One shard a bucket of users; several where a bucket's rows would not fit in memory."""
-        log = open_events(ctx.table("events"))
+        log = log_of(ctx)
         slices = -(-self._bytes(ctx) // (SHARD_BYTES * log.buckets))
         return [
             Shard(
@@ -152,13 +145,13 @@ class GsuTopK(Stage):
 
     def process(self, shard: Shard, ctx: Context) -> Part:
         """Search the users of one bucket."""
-        requests, bad = self._requests(shard, ctx)
+        requests, bad = requests_of(shard, ctx)
         asked = flat_requests(requests)
-        search = search_of(asked, _log(ctx).read(shard.extra["bucket"]), lag=self.config.lag)
+        search = search_of(asked, events_of(shard, ctx), lag=self.config.lag)
         found, has_vector_M, recall = self._search(search, ctx)
         counts = _counts(requests, search, found, has_vector_M)
         counts |= {"recall_found": recall.found, "recall_wanted": recall.wanted}
-        frame = gsu_frame(search, found, has_vector_M, self.emit)
+        frame = gsu_frame(search, found, has_vector_M, self.emit, threads=ctx.threads)
         counts["rows_in"] = len(requests) + len(bad)
         if shard.index == 0:
             unusable, rows = self._unusable(ctx)
@@ -196,7 +189,7 @@ class GsuTopK(Stage):
 
     def estimate(self, ctx: Context, shards: Sequence[Shard]) -> Mapping[str, Any]:
         """A row a candidate; what each --emit would weigh, from a piece of one shard."""
-        rows = _candidates(ctx)
+        rows = candidates_of(ctx)
         middle = sorted(shards, key=lambda shard: shard.rows)[len(shards) // 2]
         pieces = max(1, rows // (len(shards) * PIECE_ROWS))
         piece = replace(middle, extra={**middle.extra, "slices": middle.extra["slices"] * pieces})
@@ -228,9 +221,8 @@ class GsuTopK(Stage):
 
     def _items_of(self, shard: Shard, ctx: Context) -> pl.Series:
         """Every item that a shard asks about or finds in a past."""
-        requests, _ = self._requests(shard, ctx)
-        events = _log(ctx).read(shard.extra["bucket"])
-        return search_of(flat_requests(requests), events, lag=self.config.lag).items
+        requests, _ = requests_of(shard, ctx)
+        return search_of(flat_requests(requests), events_of(shard, ctx), lag=self.config.lag).items
 
     def _measure(self) -> tuple[str, Path | None, str]:
         return {
@@ -249,25 +241,7 @@ class GsuTopK(Stage):
             "simtier": TIER_BYTES,
             "both": self.config.k * 14 + TIER_BYTES,
         }
-        return _candidates(ctx) * row[self.emit]
-
-    def _columns(self, ctx: Context) -> list[str]:
-        column = "candidates" if "candidates" in ctx.table("requests").schema else "item_id"
-        return ["request_id", "user_id", "timestamp", column]
-
-    def _requests(self, shard: Shard, ctx: Context) -> tuple[pl.DataFrame, pl.DataFrame]:
-        source = bucket_requests(ctx.table("requests"), _log(ctx).buckets)
-        bucket, columns = shard.extra["bucket"], self._columns(ctx)
-        runs = ctx.scratch / "requests"  # not there for a trial of few shards
-        frame = spilled(runs, bucket) if runs.exists() else source.read(bucket, columns)
-        if shard.index == 0:
-            # A row without a user is in no bucket; the first shard reports it.
-            nobody = ctx.table("requests").scan(columns).filter(pl.col("user_id").is_null()).collect()
-            frame = pl.concat([frame, nobody])
-        good, bad = split_rows(frame, "requests")
-        slice_N = hash_ids(good["user_id"]) // np.uint64(source.buckets) % np.uint64(shard.extra["slices"])
-        mine = pl.Series(slice_N == shard.extra["slice"], dtype=pl.Boolean)
-        return good.filter(mine), bad if shard.extra["slice"] == 0 else bad.clear()
+        return candidates_of(ctx) * row[self.emit]
 
     def _search(self, search: Search, ctx: Context) -> tuple[TopK, np.ndarray, Recall]:
         """What the mode finds, in the order of the search; which candidates have a vector; recall."""
@@ -358,7 +332,7 @@ def _by_row(values_XY: np.ndarray, value_row_U: np.ndarray, row_U: np.ndarray, r
 def _counts(
     requests: pl.DataFrame, search: Search, found: TopK, has_vector_M: np.ndarray
 ) -> dict[str, int | float]:
-    kept_M = (found.positions_MK >= 0).sum(1)
+    kept_M = np.minimum(found.n_valid_M, found.positions_MK.shape[1])
     return {
         "requests": requests["request_id"].n_unique(),
         "candidates": len(has_vector_M),
@@ -377,23 +351,3 @@ def _forbid(counts: Mapping[str, float]) -> None:
             f"--missing fail: {cold} candidates of users without a past, {without} without a vector",
             "embed those items, or allow them: --missing zero",
         )
-
-
-def _log(ctx: Context) -> EventLog:
-    if "log" not in ctx.cache:
-        ctx.cache["log"] = open_events(ctx.table("events"))
-    log: EventLog = ctx.cache["log"]
-    return log
-
-
-def _candidates(ctx: Context) -> int:
-    """Candidates of all requests."""
-    if "candidates" not in ctx.cache:
-        table = ctx.table("requests")
-        listed = "candidates" in table.schema
-        ctx.cache["candidates"] = (
-            table.scan(["candidates"]).select(pl.col("candidates").list.len().sum()).collect().item()
-            if listed
-            else table.rows
-        )
-    return int(ctx.cache["candidates"])

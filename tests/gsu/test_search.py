@@ -18,12 +18,13 @@ from prerank_tools.gsu.simtier import PAD_SIM, simtier
 BACKENDS = ["numba", "faiss"]
 
 
-@pytest.fixture(params=[False, True], ids=["torch", "tiles"])
+@pytest.fixture(params=["all cosines", "torch", "tiles"])
 def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Products by `torch.mm`, as on every machine, and by the matrix unit where there is one."""
-    if request.param and not search_numba.have_tiles():
+    """Every cosine in float64; shortlists from products by `torch.mm`; from those of the matrix unit."""
+    if request.param == "tiles" and not search_numba.have_tiles():
         pytest.skip("no AMX")
-    monkeypatch.setattr(search_numba, "have_tiles", lambda: request.param)
+    monkeypatch.setattr(search_numba, "have_tiles", lambda: request.param == "tiles")
+    monkeypatch.setattr(search_numba, "SHORT", 10**6 if request.param == "all cosines" else 0)
 
 
 def one_user(history: int, candidates: int) -> Groups:
@@ -56,6 +57,7 @@ def assert_same(found: TopK, expected: TopK) -> None:
         np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), err_msg=name)
 
 
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, np.int8])
 @pytest.mark.parametrize("width", [8, 40, 128])
@@ -109,6 +111,7 @@ def test_lengths_that_single_precision_cannot_square(scale: float) -> None:
     assert (found.n_valid_M > 200).all()
 
 
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_ties_go_to_the_later_behaviour(backend: str) -> None:
     table = np.array([[1, 0], [1, 1], [2, 0]], dtype=np.float32)
@@ -126,6 +129,7 @@ def test_ties_go_to_the_later_behaviour(backend: str) -> None:
     ]
 
 
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("history", [3, 400])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_missing_and_exactly_orthogonal_behaviours_never_win(backend: str, history: int) -> None:
@@ -204,6 +208,9 @@ def test_coarse_values_full_of_ties(seed: int, k: int, levels: int) -> None:
     groups = random_groups(rng, 60, users=2, longest=600, most=8)
     found, expected = topk(table, groups, k=k), topk(table, groups, k=k, backend="numpy")
     assert_same(found, expected)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search_numba, "SHORT", 0)
+        assert_same(topk(table, groups, k=k), expected)
     assert (simtier(found.sims_MK).sum(1) == np.minimum(k, found.n_valid_M)).all()
 
 
