@@ -18,7 +18,7 @@ app = typer.Typer(
 
 Tensorboard = Annotated[
     Path | None,
-    typer.Option(help="Folder to draw curves in (extra prerank[tensorboard]).", rich_help_panel=RUN),
+    typer.Option(help="Folder to draw curves in (needs the extra `tensorboard`).", rich_help_panel=RUN),
 ]
 
 
