@@ -139,8 +139,8 @@ def forward_text(folder: Path, size: Size, device: str, **config: object) -> tup
     encoder = load("text", folder, device, precision="bf16", **config)
     tokens = encoder._tokens(titles_like(size.titles))
     cuts = cut_batches(tokens.lengths_N, budget=encoder.budget, shape=encoder.shape)
-    pairs = [encoder._tensors(tokens, cut) for cut in cuts]
-    batches = [(ids.to(device), None if mask is None else mask.to(device)) for ids, mask in pairs]
+    made = [encoder._tensors(tokens, cut) for cut in cuts]
+    batches = [(ids.to(device), None if mask is None else mask.to(device)) for _, ids, mask in made]
 
     def whole() -> None:
         for ids, mask in batches:
