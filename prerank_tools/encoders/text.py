@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import Literal, Protocol
 
 import numpy as np
@@ -22,6 +23,7 @@ from prerank_tools.encoders.tower import (
     no_log,
     resolve_precision,
 )
+from prerank_tools.encoders.turns import turn_on
 from prerank_tools.encoders.word_table import WordTable
 
 Pooling = Literal["mean", "cls", "last"]
@@ -115,6 +117,7 @@ class TextEncoder:
         if compiled:
             compile_blocks(self.tower, dynamic=True)
         self._in_pieces = InPieces(self.forward, log)
+        self._turn = turn_on(self.device)
         self.dim = tower.dim
         self.tokenizer = tokenizer
         self.max_tokens = min(tokenizer.max_tokens, max_tokens)
@@ -144,9 +147,12 @@ class TextEncoder:
         # Results stay on the device until the window ends: a copy after each batch would wait for it.
         whole_NT = torch.from_numpy(out_NT)
         x_NT = whole_NT if self.device.type == "cpu" else torch.empty_like(whole_NT, device=self.device)
-        for _, (rows_B, ids_BS, mask_BS) in ahead(batches, lambda batch: self._tensors(tokens, batch)):
-            rows_B = rows_B.to(self.device, non_blocking=True)
-            x_NT[rows_B] = self._in_pieces(ids_BS, mask_BS)[: len(rows_B)]
+        made = ahead(batches, lambda batch: self._tensors(tokens, batch))
+        first = list(islice(made, 1))  # is there before the GPU's turn is taken
+        with self._turn:
+            for _, (rows_B, ids_BS, mask_BS) in chain(first, made):
+                rows_B = rows_B.to(self.device, non_blocking=True)
+                x_NT[rows_B] = self._in_pieces(ids_BS, mask_BS)[: len(rows_B)]
         if x_NT is not whole_NT:
             whole_NT.copy_(x_NT)
 

@@ -1,0 +1,60 @@
+"""One holder at a time, in whatever way its turn ends."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from prerank_tools.encoders.turns import Turn, turn_on
+
+
+def test_a_second_waits_until_the_first_has_finished(tmp_path: Path) -> None:
+    said: list[str] = []
+    first = Turn(tmp_path / "lock", lambda: said.append("first finished"))
+    second, waiting = Turn(tmp_path / "lock"), threading.Event()
+
+    def follow() -> None:
+        waiting.set()
+        with second:
+            said.append("second")
+
+    thread = threading.Thread(target=follow)
+    with first:
+        thread.start()
+        waiting.wait()
+        thread.join(0.2)
+        assert thread.is_alive() and said == []
+    thread.join(5)
+    assert said == ["first finished", "second"]
+
+
+def test_a_fault_within_and_one_while_finishing_hand_the_turn_on(tmp_path: Path) -> None:
+    def fail() -> None:
+        raise RuntimeError("the card is gone")
+
+    with pytest.raises(KeyError), Turn(tmp_path / "lock"):
+        raise KeyError
+    with pytest.raises(RuntimeError, match="gone"), Turn(tmp_path / "lock", fail):
+        pass
+    with Turn(tmp_path / "lock"):
+        pass
+
+
+def test_a_process_that_dies_gives_its_turn_back(tmp_path: Path) -> None:
+    dying = (
+        "import os, sys, pathlib; from prerank_tools.encoders.turns import Turn\n"
+        "Turn(pathlib.Path(sys.argv[1])).__enter__(); os._exit(1)"
+    )
+    assert subprocess.run([sys.executable, "-c", dying, tmp_path / "lock"], check=False).returncode == 1
+    with Turn(tmp_path / "lock"):
+        pass
+
+
+def test_on_a_cpu_nobody_waits() -> None:
+    with turn_on(torch.device("cpu")), turn_on(torch.device("cpu")):
+        pass
