@@ -18,18 +18,21 @@ import torch
 class Turn:
     """`with turn:` waits until no other process holds the lock `path`; without a path it never waits.
 
-    `finish` is called before the turn is handed on. A process that dies gives its turn back.
+    `finish` is called before the turn is handed on. A process that dies gives its turn back. The first time
+    nobody waits: what a model compiles then would keep the others from the card.
     """
 
     def __init__(self, path: Path | None, finish: Callable[[], object] = lambda: None) -> None:
         self._finish = finish
+        self._is_first = True
         self._lock: int | None = None
         if path is not None:
             self._lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
 
     def __enter__(self) -> None:
-        if self._lock is not None:
+        if self._lock is not None and not self._is_first:
             fcntl.flock(self._lock, fcntl.LOCK_EX)
+        self._is_first = False
 
     def __exit__(self, *fault: object) -> None:
         try:

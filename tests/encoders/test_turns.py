@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,24 @@ import torch
 from prerank_tools.encoders.turns import Turn, turn_on
 
 
+def warm(path: Path, finish: Callable[[], object] = lambda: None) -> Turn:
+    """A turn after its first time."""
+    turn = Turn(path)
+    with turn:
+        pass
+    turn._finish = finish
+    return turn
+
+
+def test_the_first_time_nobody_waits(tmp_path: Path) -> None:
+    with warm(tmp_path / "lock"), Turn(tmp_path / "lock"):
+        pass
+
+
 def test_a_second_waits_until_the_first_has_finished(tmp_path: Path) -> None:
     said: list[str] = []
-    first = Turn(tmp_path / "lock", lambda: said.append("first finished"))
-    second, waiting = Turn(tmp_path / "lock"), threading.Event()
+    first = warm(tmp_path / "lock", lambda: said.append("first finished"))
+    second, waiting = warm(tmp_path / "lock"), threading.Event()
 
     def follow() -> None:
         waiting.set()
@@ -37,21 +52,21 @@ def test_a_fault_within_and_one_while_finishing_hand_the_turn_on(tmp_path: Path)
     def fail() -> None:
         raise RuntimeError("the card is gone")
 
-    with pytest.raises(KeyError), Turn(tmp_path / "lock"):
+    with pytest.raises(KeyError), warm(tmp_path / "lock"):
         raise KeyError
-    with pytest.raises(RuntimeError, match="gone"), Turn(tmp_path / "lock", fail):
+    with pytest.raises(RuntimeError, match="gone"), warm(tmp_path / "lock", fail):
         pass
-    with Turn(tmp_path / "lock"):
+    with warm(tmp_path / "lock"):
         pass
 
 
 def test_a_process_that_dies_gives_its_turn_back(tmp_path: Path) -> None:
     dying = (
         "import os, sys, pathlib; from prerank_tools.encoders.turns import Turn\n"
-        "Turn(pathlib.Path(sys.argv[1])).__enter__(); os._exit(1)"
+        "turn = Turn(pathlib.Path(sys.argv[1]))\nwith turn: pass\nturn.__enter__(); os._exit(1)"
     )
     assert subprocess.run([sys.executable, "-c", dying, tmp_path / "lock"], check=False).returncode == 1
-    with Turn(tmp_path / "lock"):
+    with warm(tmp_path / "lock"):
         pass
 
 
