@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import sys
 import tempfile
@@ -63,13 +64,13 @@ def gemm_ceiling(device: str, size: Size) -> float:
     return 10 * 2 * n**3 / seconds(lambda: [a @ b for _ in range(10)], 5) / 1e12
 
 
-def load(kind: str, folder: Path, device: str, **config: object) -> Any:
+def load(kind: str, folder: Path, device: str, *, threads: int = 4, **config: object) -> Any:
     """The library's own encoder of a model folder."""
     from prerank_tools.encoders.loading import EmbedConfig, load_image, load_text
 
     if kind == "text":
         return load_text(folder, EmbedConfig(**config), device=device)
-    return load_image(folder, EmbedConfig(**config), device=device, threads=4)
+    return load_image(folder, EmbedConfig(**config), device=device, threads=threads)
 
 
 # Checks
@@ -139,8 +140,8 @@ def forward_text(folder: Path, size: Size, device: str, **config: object) -> tup
     encoder = load("text", folder, device, precision="bf16", **config)
     tokens = encoder._tokens(titles_like(size.titles))
     cuts = cut_batches(tokens.lengths_N, budget=encoder.budget, shape=encoder.shape)
-    pairs = [encoder._tensors(tokens, cut) for cut in cuts]
-    batches = [(ids.to(device), None if mask is None else mask.to(device)) for ids, mask in pairs]
+    made = [encoder._tensors(tokens, cut) for cut in cuts]
+    batches = [(ids.to(device), None if mask is None else mask.to(device)) for _, ids, mask in made]
 
     def whole() -> None:
         for ids, mask in batches:
@@ -165,6 +166,16 @@ def forward_images(folder: Path, size: Size, device: str, **config: object) -> t
     spent = seconds(lambda: [encoder.forward(pixels) for _ in range(rounds)], size.repeats)
     images = rounds * encoder.batch
     return images / spent, image_flops(size) * images / spent / 1e12
+
+
+def called(kind: str, folder: Path, inputs: list[Any], device: str, threads: int, repeats: int) -> float:
+    """Rows/s of the encoder in one process, called on strings or JPEG bytes that are in memory."""
+    from prerank_tools.run.threads import fix_threads
+
+    fix_threads(threads)
+    encoder = load(kind, folder, device, threads=threads, precision="bf16", compile=device == "cuda")
+    encoder.encode(inputs)  # compiles, starts what decodes, learns the words
+    return len(inputs) / seconds(lambda: encoder.encode(inputs), repeats)
 
 
 FORWARD = {"text": forward_text, "images": forward_images}
@@ -214,15 +225,21 @@ def run_end_to_end(
         memory, tflops = FORWARD[kind](model, size, device, compile=True)
         row = {"what": f"{UNIT[kind]}, forward, compiled", "rate": memory, "tflops": tflops}
         found["rows"].append(say(row))
-    if kind == "text":
-        items = write_table(folder / "items", "title", titles_like(size.titles), size.text_shards)
-    else:
-        items = write_table(folder / "items", "image", jpegs_like(size.jpegs), size.image_shards)
+    inputs: list[Any] = titles_like(size.titles) if kind == "text" else jpegs_like(size.jpegs)
+    cores = len(os.sched_getaffinity(0))
+    alone = called(kind, model, inputs, device, cores, size.repeats)
+    row = {"what": f"{UNIT[kind]}, one process called on them in memory, {cores} threads", "rate": alone}
+    found["rows"].append(say({**row, "share": alone / memory}))
+    column, shards = ("title", size.text_shards) if kind == "text" else ("image", size.image_shards)
+    items = write_table(folder / "items", column, inputs, shards)
     for workers, threads in plans:
-        rate, whole = embed(kind, items, model, device, folder / f"out-{workers}", workers, threads)
+        out = folder / f"out-{workers}-{threads}"
+        rate, whole = embed(kind, items, model, device, out, workers, threads)
+        shutil.rmtree(out)
         print(f"{workers} x {threads}: {whole:.1f} s in all", flush=True)
         name = f"{UNIT[kind]}, Parquet to Parquet, --workers {workers} --threads {threads}"
-        found["rows"].append(say({"what": name, "rate": rate, "share": rate / memory, "whole": whole}))
+        shares = {"share": rate / memory, "alone": rate / alone}
+        found["rows"].append(say({"what": name, "rate": rate, **shares, "whole": whole}))
     return found
 
 
@@ -283,7 +300,7 @@ def run_codes(model: Path, items: Path, device: str, count: int) -> dict[str, An
     return found
 
 
-# The page
+# The command line
 
 
 def say(row: Row) -> Row:
@@ -310,53 +327,6 @@ def where(device: str) -> Row:
     }
 
 
-def report(parts: Sequence[dict[str, Any]]) -> str:
-    """The Markdown page."""
-    lines = ["# Encoders on one GPU", ""]
-    for part in parts:
-        at = part["where"]
-        lines += [
-            f"## {part['name']}",
-            "",
-            f"`python3 benchmarks/gpu_encode.py {part['name']}` on {at['card']}; {at['cpu']}; "
-            f"{at['versions']}; {at['date']}, seed 0.",
-            "",
-        ]
-        lines += [*(f"- {note}" for note in part["notes"]), *([""] if part["notes"] else [])]
-        lines += codes_table(part) if "codes" in part else rates_table(part)
-    return "\n".join(lines) + "\n"
-
-
-def rates_table(part: dict[str, Any]) -> list[str]:
-    ceiling = part["ceiling"]
-    lines = [
-        f"bf16 GEMM ceiling of the same run (8192^3, random data): {ceiling:.0f} TFLOP/s.",
-        "",
-        "| what | rows/s | TFLOP/s | of the ceiling | of the rate in memory | whole job, s |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in part["rows"]:
-        tflops, share = row.get("tflops"), row.get("share")
-        speed = " | " if tflops is None else f"{tflops:.0f} | {tflops / ceiling:.1%}"
-        rest = " | " if share is None else f"{share:.2f} | {row['whole']:.0f}"
-        lines.append(f"| {row['what']} | {row['rate']:,.0f} | {speed} | {rest} |")
-    return [*lines, ""]
-
-
-def codes_table(part: dict[str, Any]) -> list[str]:
-    lines = [
-        f"{part['titles']:,} real titles; residual k-means codebooks of 3 x 256 fitted on fp32 vectors of",
-        "the CPU, against which all is held.",
-        "",
-        "| vectors | equal full SIDs | equal level-1 codes | cosine mean | cosine min | largest difference |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in part["codes"]:
-        cosine = f"{row['mean']:.7f} | {row['min']:.7f} | {row['largest']:.1e}"
-        lines.append(f"| {row['what']} | {row['full']:.2%} | {row['first']:.2%} | {cosine} |")
-    return [*lines, ""]
-
-
 def pairs(text: str) -> list[tuple[int, int]]:
     """`2x7,4x3`: workers x threads."""
     return [(int(plan.split("x")[0]), int(plan.split("x")[1])) for plan in text.split(",")]
@@ -370,13 +340,15 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="tiny models: does the script run?")
     parser.add_argument("--plans", type=pairs, default=pairs("1x8"), help="workers x threads, as 2x7,4x3")
-    parser.add_argument("--shards", type=int, help="of the table, in place of 32 (text) and 16 (images)")
+    parser.add_argument("--shards", type=int, help="of the table, in place of 48 (text) and 32 (images)")
     parser.add_argument("--memory", type=float, help="rate in memory of a run before, not measured again")
     parser.add_argument("--model", type=Path)
     parser.add_argument("--items", type=Path)
     parser.add_argument("--titles", type=int, default=12_000, help="real titles whose codes are compared")
     args = parser.parse_args()
     if args.part == "report":
+        from gpu_encode_page import report
+
         args.out.write_text(report([json.loads(path.read_text()) for path in args.found]))
         return
     from gpu_encode_models import SMALL, Size

@@ -22,9 +22,9 @@ class Size:
     heads: int = 12
     pixels: int = 224
     titles: int = 65_536  # a shard, as `embed items` cuts them
-    text_shards: int = 32
+    text_shards: int = 48
     jpegs: int = 8_192
-    image_shards: int = 16
+    image_shards: int = 32
     repeats: int = 5
     gemm: int = 8192
 

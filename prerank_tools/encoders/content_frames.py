@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import polars as pl
@@ -15,6 +17,7 @@ from prerank_tools.encoders.pictures import ImageError, Source, load, read_below
 from prerank_tools.errors import ContractError, UsageError
 from prerank_tools.tables.table import open_table
 
+HASHED = 64  # items that a thread hashes at a time
 FIELD = re.compile(r"\{(\w+)\}")
 # `image`, `image_2`, `image_3` ...: the main picture and further ones of the same item
 IMAGE_COLUMN = re.compile(r"image(_\d+)?")
@@ -31,21 +34,34 @@ class Content:
     faults: list[str | None] = field(default_factory=list)
 
 
-def read_content(frame: pl.DataFrame, *, template: str, images: bool, root: Path, max_bytes: int) -> Content:
-    """The content of each row; `template` "" leaves text out, `images` says whether pictures are used."""
+def read_content(
+    frame: pl.DataFrame, *, template: str, images: bool, root: Path, max_bytes: int, threads: int = 1
+) -> Content:
+    """The content of each row; `template` "" leaves text out, `images` says whether pictures are used.
+
+    Pictures are hashed, and read where they are files, by `threads` threads.
+    """
     texts = render(frame, template) if template else [""] * len(frame)
     sources: list[list[Source]] = [[] for _ in texts]
-    faults: list[str | None] = [None] * len(frame)
-    if images:
-        sources = image_sources(frame, root, max_bytes=max_bytes)
-    hashes = []
-    for row, (text, pictures) in enumerate(zip(texts, sources, strict=True)):
+    if not images:
+        return Content(texts, sources, [content_hash(text, ()) for text in texts], [None] * len(frame))
+    sources = image_sources(frame, root, max_bytes=max_bytes)
+    cuts = range(0, len(texts), HASHED)
+    with ThreadPoolExecutor(threads) as pool:
+        parts = pool.map(lambda cut: _hashed(texts[cut : cut + HASHED], sources[cut : cut + HASHED]), cuts)
+        found = list(chain.from_iterable(parts))
+    return Content(texts, sources, [hashed for hashed, _ in found], [fault for _, fault in found])
+
+
+def _hashed(texts: Sequence[str], sources: Sequence[Sequence[Source]]) -> list[tuple[str, str | None]]:
+    """Per item its hash, or "" and why a picture cannot be read."""
+    found: list[tuple[str, str | None]] = []
+    for text, pictures in zip(texts, sources, strict=True):
         try:
-            hashes.append(content_hash(text, pictures))
+            found.append((content_hash(text, pictures), None))
         except ImageError as fault:
-            faults[row] = str(fault)
-            hashes.append("")
-    return Content(texts, sources, hashes, faults)
+            found.append(("", str(fault)))
+    return found
 
 
 def content_hash(text: str, images: Sequence[Source]) -> str:

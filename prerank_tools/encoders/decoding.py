@@ -111,8 +111,9 @@ class Decoder:
             return ThreadPoolExecutor(self.workers, thread_name_prefix="decode")
         spawn = multiprocessing.get_context("spawn")
         pool = ProcessPoolExecutor(self.workers, spawn, initializer=_begin, initargs=(self.into,))
-        # A process of an engine waits for its children before the executor's own hook would end them.
-        Finalize(self, pool.shutdown, kwargs={"cancel_futures": True}, exitpriority=1)
+        # A process of an engine waits for its children before the executor's own hook would end them; and its
+        # queues, through which they are told to end, close at priority 10.
+        Finalize(self, pool.shutdown, kwargs={"cancel_futures": True}, exitpriority=20)
         return pool
 
 

@@ -7,11 +7,13 @@ from typing import Any, Literal
 
 import numpy as np
 import polars as pl
+import torch
 
 from prerank_tools.encoders.encode import Encoded
 from prerank_tools.tables.vectors import numpy_to_vectors
 
 Dtype = Literal["fp32", "fp16", "int8"]
+MODALITIES = ["", "text", "image", "text+image"]
 POLARS_OF: dict[str, Any] = {"fp32": pl.Float32, "fp16": pl.Float16, "int8": pl.Int8}
 
 
@@ -19,17 +21,13 @@ def embedding_rows(
     ids: pl.Series, found: Encoded, rows: Sequence[int], hashes: Sequence[str], dtype: Dtype
 ) -> pl.DataFrame:
     """Rows of `item_embeddings`; int8 rows come with the scale that gives the vector back."""
-    x_ND = found.x_ND[list(rows)]
-    made_of = [
-        "+".join(
-            name for name, has in (("text", found.has_text_N[r]), ("image", found.has_image_N[r])) if has
-        )
-        for r in rows
-    ]
+    every = len(rows) == len(found.x_ND)  # as nearly always: then nothing is copied
+    x_ND = found.x_ND if every else found.x_ND[list(rows)]
+    made_of = (found.has_text_N * 1 + found.has_image_N * 2)[list(rows)]
     columns: dict[str, Any] = {
         "item_id": ids,
         "embedding": None,
-        "modalities": pl.Series(made_of, dtype=pl.String),
+        "modalities": pl.Series(MODALITIES).gather(made_of),
         "content_hash": pl.Series(hashes, dtype=pl.String),
     }
     if dtype == "int8":
@@ -37,7 +35,7 @@ def embedding_rows(
         x_ND = np.rint(x_ND / np.maximum(scale_N, 1e-12)[:, None]).astype(np.int8)
         columns["scale"] = pl.Series(scale_N, dtype=pl.Float32)
     elif dtype == "fp16":
-        x_ND = x_ND.astype(np.float16)
+        x_ND = torch.from_numpy(x_ND).half().numpy()  # numpy's bytes, in a tenth of its time
     columns["embedding"] = numpy_to_vectors("embedding", x_ND)
     return pl.DataFrame(columns)
 

@@ -68,8 +68,10 @@ class Encoder:
         has_N = np.array([bool(text) for text in texts], dtype=bool)
         if self.text is None:
             return np.zeros((len(texts), self._absent("text_dim")), np.float32), np.zeros_like(has_N)
-        x_NT = np.zeros((len(texts), self.text.dim), np.float32)
-        if has_N.any():
+        if has_N.all():
+            x_NT = self.text.encode(texts)
+        else:
+            x_NT = np.zeros((len(texts), self.text.dim), np.float32)
             x_NT[has_N] = self.text.encode([text for text in texts if text])
         return x_NT, has_N & x_NT.any(axis=1)
 
@@ -81,11 +83,14 @@ class Encoder:
         if self.image is None:
             return np.zeros((len(images), self._absent("image_dim")), np.float32), has_N
         x_NI = np.zeros((len(images), self.image.dim), np.float32)
-        owners = [row for row, sources in enumerate(images) for _ in sources]
+        owners = np.repeat(np.arange(len(images)), [len(sources) for sources in images])
         x_MI, reasons = self.image.encode([source for sources in images for source in sources])
-        for owner, reason in zip(owners, reasons, strict=True):
+        for owner, reason in zip(owners.tolist(), reasons, strict=True):
             faults[owner] = faults[owner] or reason
-        np.add.at(x_NI, owners, x_MI)
+        if (owners[1:] > owners[:-1]).all():  # one image an item at most: nothing is added up
+            x_NI[owners] = x_MI
+        else:
+            np.add.at(x_NI, owners, x_MI)
         has_N[owners] = True
         return x_NI, has_N
 
@@ -104,8 +109,7 @@ class Encoder:
         self, text_NT: np.ndarray, image_NI: np.ndarray, has_text_N: np.ndarray, has_image_N: np.ndarray
     ) -> np.ndarray:
         if self.fusion is None and (self.text is None or self.image is None):
-            x_ND = text_NT if self.image is None else image_NI
-            return x_ND / np.maximum(np.linalg.norm(x_ND, axis=1, keepdims=True), 1e-12)
+            return to_unit(text_NT if self.image is None else image_NI)
         fuse = self.fusion or concat_unit
         x_ND = np.empty((len(text_NT), self.dim), np.float32)
         for start in range(0, len(x_ND), FUSION_ROWS):
@@ -113,6 +117,14 @@ class Encoder:
             parts = [padded(part[rows]) for part in (text_NT, image_NI, has_text_N, has_image_N)]
             x_ND[rows] = fuse(*parts)[: len(x_ND[rows])].numpy()
         return x_ND
+
+
+def to_unit(x_ND: np.ndarray) -> np.ndarray:
+    """The same rows at unit length, in place and in blocks that stay in the cache; zeros stay zeros."""
+    for start in range(0, len(x_ND), FUSION_ROWS):
+        block_ND = x_ND[start : start + FUSION_ROWS]
+        block_ND /= np.maximum(np.linalg.norm(block_ND, axis=1, keepdims=True), 1e-12)
+    return x_ND
 
 
 def padded(x: np.ndarray) -> torch.Tensor:

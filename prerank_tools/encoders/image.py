@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from importlib.util import find_spec
+from itertools import chain, islice
 from typing import Literal
 
 import numpy as np
@@ -30,6 +31,7 @@ from prerank_tools.encoders.tower import (
     no_log,
     resolve_precision,
 )
+from prerank_tools.encoders.turns import turn_on
 
 UNCUT = 4  # a slot holds this many times the bytes of a cut picture, where the GPU is to cut it
 
@@ -91,6 +93,7 @@ class ImageEncoder:
             compile_blocks(self.tower, dynamic=False)
         self._one_shape = exact or compiled
         self._in_pieces = InPieces(self.forward, log)
+        self._turn = turn_on(self.device)
         self.dim = tower.dim
         self._pixels_of = pixels_of
         self._threads = threads
@@ -107,11 +110,14 @@ class ImageEncoder:
         x_NI = np.zeros((len(sources), self.dim), np.float32)
         found: list[Outcome] = []
         parts: list[Tensor] = []  # on the device: a copy after each batch would wait for it
-        for slots, outcomes in self._batches(sources):
-            good = [n for n, outcome in enumerate(outcomes) if not isinstance(outcome, str)]
-            found += outcomes
-            if good:
-                parts.append(self._in_pieces(self._batch_of(slots, outcomes, good))[: len(good)])
+        decoded = self._batches(sources)
+        first = list(islice(decoded, 1))  # is there before the GPU's turn is taken
+        with self._turn:
+            for slots, outcomes in chain(first, decoded):
+                good = [n for n, outcome in enumerate(outcomes) if not isinstance(outcome, str)]
+                found += outcomes
+                if good:
+                    parts.append(self._in_pieces(self._batch_of(slots, outcomes, good))[: len(good)])
         faults = [outcome if isinstance(outcome, str) else None for outcome in found]
         if parts:
             x_NI[[fault is None for fault in faults]] = torch.cat(parts).cpu().numpy()

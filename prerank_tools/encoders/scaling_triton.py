@@ -35,13 +35,15 @@ def cut_pictures(
     plan = Plan(cut)
     for slot, size in pictures:
         plan.add(slot * slots_NS.shape[1], size or (width, height), is_cut=size is None)
-    slots, tables = send(slots_NS), send(np.concatenate(plan.tables))
+    both = [np.array(passes, np.int64) for passes in (plan.first, plan.second)]
+    tables, *sent = (send(array) for array in (np.concatenate(plan.tables), *both))
+    slots = send(slots_NS)  # the last: small copies would wait behind these megabytes
     between = slots.new_empty(plan.between)
     out = slots.new_empty((len(pictures), height, width, 3))
-    for x, y, passes in ((slots, between, plan.first), (between, out, plan.second)):
-        largest = max(p[2] * p[4] * p[5] for p in passes)
-        blocks = (triton.cdiv(largest, BLOCK), len(passes))
-        _scale[blocks](x, y, tables, send(np.array(passes, np.int64)), BITS=BITS, BLOCK=BLOCK)
+    for x, y, passes_B8, sent_B8 in zip((slots, between), (between, out), both, sent, strict=True):
+        largest = int((passes_B8[:, 2] * passes_B8[:, 4] * passes_B8[:, 5]).max())
+        blocks = (triton.cdiv(largest, BLOCK), len(passes_B8))
+        _scale[blocks](x, y, tables, sent_B8, BITS=BITS, BLOCK=BLOCK)
     return out
 
 

@@ -195,11 +195,14 @@ class EmbedItems(Stage):
             images=self.choice.modalities != "text",
             root=self.image_root or self.items.parent,
             max_bytes=self.config.image.max_bytes,
+            threads=ctx.threads,
         )
         kept, edited = self._unchanged(frame["item_id"], content, ctx)
         fresh = frame.select(~pl.col("item_id").is_in(kept["item_id"].implode())).to_series()
         encoded, faults = self._encode(frame["item_id"], content, fresh.arg_true().to_list(), ctx)
-        whole = pl.concat([encoded, kept.select(encoded.columns)]).sort("item_id")
+        whole = encoded  # sorted, as its frame is
+        if len(kept):
+            whole = pl.concat([encoded, kept.select(encoded.columns)]).sort("item_id")
         counts: dict[str, int | float] = {
             "rows_in": shard.rows,
             "encoded": len(encoded),

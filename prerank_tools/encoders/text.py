@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import Literal, Protocol
 
 import numpy as np
@@ -22,6 +23,8 @@ from prerank_tools.encoders.tower import (
     no_log,
     resolve_precision,
 )
+from prerank_tools.encoders.turns import turn_on
+from prerank_tools.encoders.word_table import WordTable
 
 Pooling = Literal["mean", "cls", "last"]
 WINDOW = 8192
@@ -70,6 +73,13 @@ class Tokenizer:
     pad_id: int
     max_tokens: int
     fixed_length: int | None = None
+    words: WordTable | None = None  # gives the ids of `ids_of`, many times as fast
+
+    def tokens(self, texts: Sequence[str], *, max_tokens: int) -> Tokens:
+        """Token ids of many texts."""
+        if self.words is not None:
+            return self.words(texts, max_tokens=max_tokens)
+        return Tokens.of(self.ids_of(texts, max_tokens=max_tokens))
 
 
 class TextEncoder:
@@ -107,6 +117,7 @@ class TextEncoder:
         if compiled:
             compile_blocks(self.tower, dynamic=True)
         self._in_pieces = InPieces(self.forward, log)
+        self._turn = turn_on(self.device)
         self.dim = tower.dim
         self.tokenizer = tokenizer
         self.max_tokens = min(tokenizer.max_tokens, max_tokens)
@@ -115,34 +126,43 @@ class TextEncoder:
         """Unit vectors x_NT in float32, in the order of the texts; equal texts are encoded once."""
         unique = list(dict.fromkeys(texts))
         windows = [unique[i : i + self.window] for i in range(0, len(unique), self.window)]
-        parts = [self._encode_window(tokens) for _, tokens in ahead(windows, self._tokens)]
-        x_UT = np.concatenate(parts) if parts else np.empty((0, self.dim), np.float32)
+        x_UT, start = np.empty((len(unique), self.dim), np.float32), 0
+        for window, tokens in ahead(windows, self._tokens):
+            self._encode_window(tokens, x_UT[start : start + len(window)])
+            start += len(window)
+        if len(unique) == len(texts):
+            return x_UT
         row_of = {text: row for row, text in enumerate(unique)}
         return x_UT[[row_of[text] for text in texts]]
 
     def _tokens(self, texts: Sequence[str]) -> Tokens:
         # A token has seldom more than ten characters: what lies far behind the cut need not be tokenised.
         texts = [text[: 32 * self.max_tokens] for text in texts]
-        return Tokens.of(self.tokenizer.ids_of(texts, max_tokens=self.max_tokens))
+        return self.tokenizer.tokens(texts, max_tokens=self.max_tokens)
 
-    def _encode_window(self, tokens: Tokens) -> np.ndarray:
+    def _encode_window(self, tokens: Tokens, out_NT: np.ndarray) -> None:
         batches = cut_batches(
             tokens.lengths_N, budget=self.budget, shape=self.shape, length=self.tokenizer.fixed_length
         )
         # Results stay on the device until the window ends: a copy after each batch would wait for it.
-        x_NT = torch.empty((len(tokens.lengths_N), self.dim), device=self.device)
-        for batch, (ids_BS, mask_BS) in ahead(batches, lambda batch: self._tensors(tokens, batch)):
-            x_NT[torch.from_numpy(batch.rows).to(self.device)] = self._in_pieces(ids_BS, mask_BS)[
-                : len(batch.rows)
-            ]
-        return x_NT.cpu().numpy()
+        whole_NT = torch.from_numpy(out_NT)
+        x_NT = whole_NT if self.device.type == "cpu" else torch.empty_like(whole_NT, device=self.device)
+        made = ahead(batches, lambda batch: self._tensors(tokens, batch))
+        first = list(islice(made, 1))  # is there before the GPU's turn is taken
+        with self._turn:
+            for _, (rows_B, ids_BS, mask_BS) in chain(first, made):
+                rows_B = rows_B.to(self.device, non_blocking=True)
+                x_NT[rows_B] = self._in_pieces(ids_BS, mask_BS)[: len(rows_B)]
+        if x_NT is not whole_NT:
+            whole_NT.copy_(x_NT)
 
-    def _tensors(self, tokens: Tokens, batch: Batch) -> tuple[Tensor, Tensor | None]:
+    def _tensors(self, tokens: Tokens, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Rows, ids and mask of a batch; the GPU copies them without waiting for the batch before."""
         ids_BS, mask_BS = fill_batch(tokens, batch, pad_id=self.tokenizer.pad_id)
-        mask = None if self.shape == "uniform" else torch.from_numpy(mask_BS)
+        rows_B, ids, mask = (torch.from_numpy(array) for array in (batch.rows, ids_BS, mask_BS))
         if self.device.type == "cuda":
-            return torch.from_numpy(ids_BS).pin_memory(), None if mask is None else mask.pin_memory()
-        return torch.from_numpy(ids_BS), mask
+            rows_B, ids, mask = rows_B.pin_memory(), ids.pin_memory(), mask.pin_memory()
+        return rows_B, ids, None if self.shape == "uniform" else mask
 
     @torch.inference_mode()
     def forward(self, ids_BS: Tensor, mask_BS: Tensor | None) -> Tensor:

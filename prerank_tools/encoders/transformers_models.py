@@ -21,6 +21,7 @@ from prerank_tools.encoders.preprocessing import pixel_values, split
 from prerank_tools.encoders.settings import ImageConfig, TextConfig
 from prerank_tools.encoders.text import Pooling, TextTower, Tokenizer
 from prerank_tools.encoders.tower import Tower
+from prerank_tools.encoders.word_table import WordTable
 from prerank_tools.errors import ContractError
 
 OFFLINE = {"local_files_only": True, "trust_remote_code": False}
@@ -168,7 +169,8 @@ def load_tokenizer(folder: Path, config: Any, *, length: int | None = None) -> T
         return [encoding.ids for encoding in fast.encode_batch_fast(list(texts))]
 
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-    return Tokenizer(ids_of, pad_id, length or token_limit(folder, tokenizer, config), length)
+    words = None if fast is None or length else WordTable.of(fast)
+    return Tokenizer(ids_of, pad_id, length or token_limit(folder, tokenizer, config), length, words)
 
 
 def token_limit(folder: Path, tokenizer: Any, config: Any) -> int:

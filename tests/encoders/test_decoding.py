@@ -88,8 +88,12 @@ def test_a_process_that_dies_is_a_reason_to_run_again() -> None:
     assert filled.wait(filled.start(0, [photo(0)])) == [None]  # with new processes
 
 
+held: list[Decoder] = []  # as a worker holds its encoder until the very end
+
+
 def decode_in_a_worker() -> None:
     filled = decoder(2, processes=True)
+    held.append(filled)
     assert filled.wait(filled.start(0, [photo(n) for n in range(20)])) == [None] * 20
 
 

@@ -41,7 +41,7 @@ def test_a_filter_that_is_not_written_here_is_not_taken() -> None:
     assert all(order_of(resample) is not None for resample in FILTERS)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     "cut", [Cut((24, 20), 3), Cut((24, 20), 2), Cut(30, 3, (24, 20)), Cut(24, 3, (24, 24))]
 )

@@ -13,7 +13,7 @@ from prerank_tools.encoders.loading import EmbedConfig, load_text
 from prerank_tools.encoders.text import TextEncoder
 from tests.encoders import tiny_models
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("length", [1, 3, 12, 32, 33, 40, 64])
