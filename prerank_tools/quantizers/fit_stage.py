@@ -34,8 +34,8 @@ class SidConfig(BaseModel):
     """Knobs of `quantize sid`: the codebook to fit where none is given, collisions, and the drift guard.
 
     `codes` is one number, or one a level; unset it is 256, less where the catalogue is too small for that.
-    `init = "progressive"` with `refine = 30` has the lowest error, on items that were not fitted too; the
-    default is the plain loop that others can repeat.
+    `refine = 30` has the lowest error, also on items that were not fitted. `init = "random"` gives the codes
+    of a plain faiss loop; its deeper levels may collapse.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -44,7 +44,7 @@ class SidConfig(BaseModel):
     levels: int = Field(default=3, ge=1, le=26)
     codes: int | tuple[int, ...] | None = None
     iterations: int = Field(default=25, ge=1)
-    init: Literal["random", "progressive"] = "random"
+    init: Literal["random", "progressive"] = "progressive"
     normalize: Literal["none", "l2"] = "none"
     residual_norm: bool = False
     beam: int = Field(default=1, ge=1)

@@ -83,8 +83,8 @@ def _collapsed(number: int, level: LevelUse) -> Finding | None:
         "collapsed",
         f"level {number} has perplexity {level.perplexity:.1f} of {level.codes} codes, "
         f"its fullest holds {level.largest_share:.1%} of the items",
-        "k-means: init = 'progressive', or more rows to fit on, and look for items with one and the same "
-        "vector; RQ-VAE: init = 'kmeans', dead_below = 0.5, sinkhorn = true",
+        "k-means: init = 'progressive' (the default), or more rows to fit on, and look for items with one "
+        "and the same vector; RQ-VAE: init = 'kmeans', dead_below = 0.5, sinkhorn = true",
     )
 
 
