@@ -9,13 +9,14 @@ from typing import Any, Literal
 
 import numpy as np
 import polars as pl
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from prerank_tools.errors import ContractError, UsageError
 from prerank_tools.quantizers.codebook import Codebook, Quantizer, quantizer_class
 from prerank_tools.quantizers.drift import fit_stats
 from prerank_tools.quantizers.residuals import level_errors
 from prerank_tools.quantizers.rkmeans import POINTS_PER_CODE, check_rows, fitting_size
+from prerank_tools.quantizers.sid_keys import check_sizes
 from prerank_tools.stage import Context, Shard
 from prerank_tools.tables.bucketing import hash_ids
 from prerank_tools.tables.contracts import split_rows
@@ -27,6 +28,7 @@ COLUMNS = ("item_id", "embedding", "scale", "content_hash")
 HELD_OUT = 8  # items; fewer give no standard error to speak of
 # Keys that only some of the kinds have.
 KNOBS = {"init", "normalize", "residual_norm", "beam", "refine", "balance"}
+LARGEST = 1 << 16  # codes of a level: they are uint16
 COPIES = 4  # of the sample that a fit holds: as read, in order, the residual, faiss' own
 
 
@@ -58,6 +60,14 @@ class SidConfig(BaseModel):
     drift_psi: float = Field(default=0.25, gt=0)
     drift_distance: float = Field(default=1.2, gt=0)
 
+    @field_validator("codes")
+    @classmethod
+    def _possible(cls, codes: int | tuple[int, ...] | None) -> int | tuple[int, ...] | None:
+        sizes = codes if isinstance(codes, tuple) else () if codes is None else (codes,)
+        if codes == () or not all(1 <= size <= LARGEST for size in sizes):
+            raise ValueError(f"one number from 1 to {LARGEST}, or one for each level")
+        return codes
+
 
 def fit_codebook(
     table: Table,
@@ -74,9 +84,12 @@ def fit_codebook(
     """
     unfitted = unfitted or _unfitted
     sizes = _sizes(table.rows if known is None else len(known), config)
+    check_sizes(sizes)
     limit = _sample_limit(table, max(sizes), config, ctx)
     x_ND = sample_vectors(table, limit, seed=config.seed, known=known)
     check_rows(len(x_ND), sizes)
+    if known is None and len(x_ND) < min(limit, table.rows):
+        ctx.log("sample", left_out=min(limit, table.rows) - len(x_ND), reason="no usable vector")
     _say(len(x_ND), sizes, config, ctx)
     quantizer = unfitted(sizes, config)
     quantizer.fit(x_ND, seed=config.seed, threads=ctx.threads, device=ctx.device)

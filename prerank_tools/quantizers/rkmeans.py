@@ -180,6 +180,8 @@ def kmeans_faiss(
 
 def check_rows(rows: int, sizes: tuple[int, ...]) -> None:
     """Refuse a level with more codes than vectors: k-means has no such answer."""
+    if rows < 2:
+        raise ContractError(f"{rows} vector to fit: a codebook needs two or more", "give more items")
     if max(sizes) > rows:
         raise ContractError(
             f"{max(sizes)} codes a level, but only {rows} vectors to fit",
