@@ -56,7 +56,7 @@ def main() -> None:
     faiss.omp_set_num_threads(given.threads)
     torch.set_num_threads(given.threads)
     x_ND = clustered(given.rows)
-    codebooks = list(RKMeans(sizes=SIZES, iterations=10).fit(x_ND[:32_768], seed=1).codebooks)
+    codebooks = list(RKMeans(sizes=SIZES, iterations=10, init="random").fit(x_ND[:32_768], seed=1).codebooks)
     lines = heading(given)
     if "assignment" in given.sections:
         lines += assignment(x_ND, codebooks, given.threads, given.rounds)
@@ -139,7 +139,7 @@ def fitting(x_ND: np.ndarray, threads: int, rounds: int) -> list[str]:
 
     def ours() -> np.ndarray:
         fitted["ours"] = list(
-            RKMeans(sizes=SIZES, iterations=25).fit(x_ND, seed=1, threads=threads).codebooks
+            RKMeans(sizes=SIZES, iterations=25, init="random").fit(x_ND, seed=1, threads=threads).codebooks
         )
         return fitted["ours"][0]
 

@@ -11,14 +11,17 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
 from peers.grid_dedup import number_by_scans
+from quantizers_page import cpu
 
 from prerank_tools.quantizers.collisions import Resolved, resolve
 from prerank_tools.quantizers.sid_keys import pack_codes
 
+ROUNDS = 3
 SIZES = (256, 256, 256)
 LAST_KD = np.random.default_rng(1).standard_normal((256, 32)).astype(np.float32)
 RESIDUAL_ND = np.random.default_rng(2).standard_normal((1 << 20, 32)).astype(np.float32)
@@ -34,8 +37,9 @@ def main() -> None:
     lines = [
         "# Collision policies",
         "",
-        f"`{' '.join(['python', *sys.argv])}`, {time.strftime('%Y-%m-%d')}, numpy {np.__version__}, "
-        f"{os.cpu_count()} cores, other work on the machine (load {os.getloadavg()[0]:.0f}).",
+        f"`{' '.join(['python', *sys.argv])}`, {time.strftime('%Y-%m-%d')}, numpy {np.__version__}, {cpu()}, "
+        f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start. Seconds: median of {ROUNDS} "
+        "(lowest to highest); one run of the scans.",
         "",
         "Skewed: Zipf 1.3 codes at three levels of 256, so the fullest SIDs hold thousands of items.",
         "",
@@ -46,14 +50,14 @@ def main() -> None:
     lines.append(f"| numbering by scans (GRID's way) | 100,000 | {seconds:.2f} | - | - |")
     for policy in ("suffix", "capacity", "optimal"):
         run_policy(policy, small[:2_000])
-        seconds, found = timed(lambda policy=policy: run_policy(policy, small))
-        lines.append(f"| {policy} | 100,000 | {seconds:.2f} | {found.moved} | {found.unresolved} |")
+        seconds, found = repeated(lambda policy=policy: run_policy(policy, small))
+        lines.append(f"| {policy} | 100,000 | {seconds} | {found.moved} | {found.unresolved} |")
         if policy == "suffix" and not np.array_equal(np.sort(suffix_N), np.sort(found.suffix_N)):
             raise SystemExit("the two numberings differ")
     large = np.minimum((np.random.default_rng(0).random((args.rows, 3)) ** 2 * 256).astype(np.int32), 255)
     for policy in ("suffix", "capacity"):
-        seconds, found = timed(lambda policy=policy: run_policy(policy, large))
-        lines.append(f"| {policy} | {args.rows:,} | {seconds:.1f} | {found.moved} | {found.unresolved} |")
+        seconds, found = repeated(lambda policy=policy: run_policy(policy, large))
+        lines.append(f"| {policy} | {args.rows:,} | {seconds} | {found.moved} | {found.unresolved} |")
     args.out.write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
@@ -75,6 +79,13 @@ def run_policy(policy: str, codes_NL: np.ndarray) -> Resolved:
         width=1 << 20,
         capacity=5,
     )
+
+
+def repeated(work: Callable[[], Any]) -> tuple[str, Any]:
+    """Median of the seconds, with their range, and the last result."""
+    runs = [timed(work) for _ in range(ROUNDS)]
+    seconds = [run[0] for run in runs]
+    return f"{median(seconds):.2f} ({min(seconds):.2f}-{max(seconds):.2f})", runs[-1][1]
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:

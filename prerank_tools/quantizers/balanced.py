@@ -18,7 +18,8 @@ from prerank_tools.quantizers.codebook import Codebook
 from prerank_tools.quantizers.rkmeans import RKMeans
 
 CELLS = 1 << 26  # distances held while pricing: rows are left out beyond it
-ROUNDS = 6  # centroids follow their items, prices follow the counts
+ROUNDS = (6, 40)  # at least and at most: centroids follow their items, prices follow the counts
+EVEN = 1.1  # of its share in the fullest code: balanced
 STEPS = 60  # price steps a round
 
 
@@ -81,14 +82,18 @@ def _balanced(r_ND: np.ndarray, codebook_KD: np.ndarray) -> tuple[np.ndarray, np
     step = -(-len(r_ND) * size // CELLS)
     r_ND = r_ND[::step]
     price_K = np.zeros(size)
-    for _ in range(ROUNDS):
+    least, most = ROUNDS
+    for done in range(1, most + 1):
         norm_K = np.einsum("kd,kd->k", codebook_KD, codebook_KD)
         distance_NK = norm_K - 2.0 * (r_ND @ codebook_KD.T)
         price_K = _prices(distance_NK, price_K)
         code_N = (distance_NK + price_K.astype(np.float32)).argmin(axis=1)
+        count_K = np.bincount(code_N, minlength=size)
+        # Left as priced: centroids that move once more would leave their prices behind.
+        if done == most or (done > least and count_K.max() * size <= EVEN * len(r_ND)):
+            break
         sum_KD = np.zeros(codebook_KD.shape)
         np.add.at(sum_KD, code_N, r_ND)
-        count_K = np.bincount(code_N, minlength=size)
         used_K = count_K > 0
         codebook_KD = codebook_KD.copy()
         codebook_KD[used_K] = sum_KD[used_K] / count_K[used_K, None]

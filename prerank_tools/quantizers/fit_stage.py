@@ -9,13 +9,14 @@ from typing import Any, Literal
 
 import numpy as np
 import polars as pl
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from prerank_tools.errors import ContractError, UsageError
 from prerank_tools.quantizers.codebook import Codebook, Quantizer, quantizer_class
 from prerank_tools.quantizers.drift import fit_stats
 from prerank_tools.quantizers.residuals import level_errors
 from prerank_tools.quantizers.rkmeans import POINTS_PER_CODE, check_rows, fitting_size
+from prerank_tools.quantizers.sid_keys import check_sizes
 from prerank_tools.stage import Context, Shard
 from prerank_tools.tables.bucketing import hash_ids
 from prerank_tools.tables.contracts import split_rows
@@ -27,6 +28,7 @@ COLUMNS = ("item_id", "embedding", "scale", "content_hash")
 HELD_OUT = 8  # items; fewer give no standard error to speak of
 # Keys that only some of the kinds have.
 KNOBS = {"init", "normalize", "residual_norm", "beam", "refine", "balance"}
+LARGEST = 1 << 16  # codes of a level: they are uint16
 COPIES = 4  # of the sample that a fit holds: as read, in order, the residual, faiss' own
 
 
@@ -34,8 +36,8 @@ class SidConfig(BaseModel):
     """Knobs of `quantize sid`: the codebook to fit where none is given, collisions, and the drift guard.
 
     `codes` is one number, or one a level; unset it is 256, less where the catalogue is too small for that.
-    `init = "progressive"` with `refine = 30` has the lowest error, on items that were not fitted too; the
-    default is the plain loop that others can repeat.
+    `refine = 30` has the lowest error, also on items that were not fitted. `init = "random"` gives the codes
+    of a plain faiss loop; its deeper levels may collapse.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -44,7 +46,7 @@ class SidConfig(BaseModel):
     levels: int = Field(default=3, ge=1, le=26)
     codes: int | tuple[int, ...] | None = None
     iterations: int = Field(default=25, ge=1)
-    init: Literal["random", "progressive"] = "random"
+    init: Literal["random", "progressive"] = "progressive"
     normalize: Literal["none", "l2"] = "none"
     residual_norm: bool = False
     beam: int = Field(default=1, ge=1)
@@ -57,6 +59,14 @@ class SidConfig(BaseModel):
     capacity: int = Field(default=5, ge=1)
     drift_psi: float = Field(default=0.25, gt=0)
     drift_distance: float = Field(default=1.2, gt=0)
+
+    @field_validator("codes")
+    @classmethod
+    def _possible(cls, codes: int | tuple[int, ...] | None) -> int | tuple[int, ...] | None:
+        sizes = codes if isinstance(codes, tuple) else () if codes is None else (codes,)
+        if codes == () or not all(1 <= size <= LARGEST for size in sizes):
+            raise ValueError(f"one number from 1 to {LARGEST}, or one for each level")
+        return codes
 
 
 def fit_codebook(
@@ -74,9 +84,12 @@ def fit_codebook(
     """
     unfitted = unfitted or _unfitted
     sizes = _sizes(table.rows if known is None else len(known), config)
+    check_sizes(sizes)
     limit = _sample_limit(table, max(sizes), config, ctx)
     x_ND = sample_vectors(table, limit, seed=config.seed, known=known)
     check_rows(len(x_ND), sizes)
+    if known is None and len(x_ND) < min(limit, table.rows):
+        ctx.log("sample", left_out=min(limit, table.rows) - len(x_ND), reason="no usable vector")
     _say(len(x_ND), sizes, config, ctx)
     quantizer = unfitted(sizes, config)
     quantizer.fit(x_ND, seed=config.seed, threads=ctx.threads, device=ctx.device)

@@ -24,13 +24,14 @@ class RKMeans:
 
     `normalize="l2"` scales each vector to length 1 first. `residual_norm` scales the residuals between levels
     to length 1 (TorchEasyRec); decoding then uses their mean length. `beam` above 1 searches whole paths.
-    `init="progressive"` starts k-means on few principal axes: lower error and fuller codes; always on CPU.
+    `init="progressive"` starts k-means on few principal axes. `"random"` is for parity with a plain loop:
+    every level starts from the same rows, so a deeper one may collapse.
     `refine` is the number of rounds in which all levels are then fitted together, under the beam; on CPU.
     """
 
     sizes: tuple[int, ...] = (256, 256, 256)
     iterations: int = 25
-    init: Literal["random", "progressive"] = "random"
+    init: Literal["random", "progressive"] = "progressive"
     normalize: Literal["none", "l2"] = "none"
     residual_norm: bool = False
     beam: int = 1
@@ -50,7 +51,7 @@ class RKMeans:
     def fit(self, x_ND: np.ndarray, *, seed: int = 0, threads: int = 2, device: str = "cpu") -> Self:
         """Fit all levels on x (N, D): faiss on CPU, torch on GPU.
 
-        On CPU, from a random start, the centroids are those of a plain loop over
+        On CPU, with `init="random"`, the centroids are those of a plain loop over
         `faiss.Kmeans(D, K, niter=iterations, seed=seed)`, its search, and subtraction. With a beam, a level
         is fitted on what all paths kept so far leave, as faiss' ResidualQuantizer does, unless `refine`
         follows: a greedy start is as good and cheaper. Raises ContractError where a level has more codes
@@ -149,10 +150,12 @@ class RKMeans:
     ) -> tuple[np.ndarray, np.ndarray]:
         """(codebook, code of every row) of one level."""
         size = self.sizes[level]
-        if device != "cpu" and self.init == "random":
+        if device != "cpu":
             from prerank_tools.quantizers.kmeans_torch import kmeans_torch
 
-            return kmeans_torch(r_ND, size, iterations=self.iterations, seed=seed, device=device)
+            return kmeans_torch(
+                r_ND, size, iterations=self.iterations, seed=seed, device=device, init=self.init
+            )
         if self.init == "progressive":
             from prerank_tools.quantizers.kmeans_progressive import kmeans_progressive
 
@@ -177,6 +180,8 @@ def kmeans_faiss(
 
 def check_rows(rows: int, sizes: tuple[int, ...]) -> None:
     """Refuse a level with more codes than vectors: k-means has no such answer."""
+    if rows < 2:
+        raise ContractError(f"{rows} vector to fit: a codebook needs two or more", "give more items")
     if max(sizes) > rows:
         raise ContractError(
             f"{max(sizes)} codes a level, but only {rows} vectors to fit",

@@ -13,6 +13,14 @@ from prerank_tools.errors import ContractError
 CHUNK = 1 << 18  # rows looked up at a time
 
 
+def check_sizes(sizes: Sequence[int]) -> None:
+    """Refuse level sizes whose SIDs do not fit a key: more than 63 bits."""
+    if math.prod(int(size) for size in sizes) > 2**63 - 1:
+        raise ContractError(
+            f"level sizes {list(sizes)} need more than 63 bits", "use fewer levels or fewer codes a level"
+        )
+
+
 def pack_codes(codes_NL: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
     """Mixed-radix int64 keys (N,): equal exactly where all codes are equal, ordered as the codes are.
 
@@ -24,10 +32,7 @@ def pack_codes(codes_NL: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
             f"codes have shape {codes_NL.shape}, expected (N, {len(sizes)})",
             "level sizes must be those of the codebook that gave the codes",
         )
-    if math.prod(int(size) for size in sizes) > 2**63 - 1:
-        raise ContractError(
-            f"level sizes {list(sizes)} need more than 63 bits", "use fewer levels or fewer codes a level"
-        )
+    check_sizes(sizes)
     key_N = np.zeros(len(codes_NL), dtype=np.int64)
     for level, size in enumerate(sizes):
         code_N = codes_NL[:, level].astype(np.int64)

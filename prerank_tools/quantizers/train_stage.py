@@ -77,6 +77,11 @@ class TrainQuantizer(Stage):
         return {"until": self.until, **self.config.model_dump(mode="json")}
 
     def check(self, ctx: Context) -> None:
+        if self.tensorboard and self.config.quantizer not in LEARNED:
+            raise UsageError(
+                f"--tensorboard: {self.config.quantizer} has no training to draw",
+                f"these have: {', '.join(LEARNED)}; drop --tensorboard, or --quantizer one of them",
+            )
         check_board(self.tensorboard)
         if (self.until is None) != (self.events is None):
             raise UsageError(

@@ -17,6 +17,7 @@ IDLE = 0.98  # distinct prefixes one level up, per distinct item, above which th
 CROWDED = 0.05  # collisions above the duplicate floor
 POINTS_PER_CODE = 39  # faiss warns below
 CELLS_PER_ITEM = 1_000  # 3 x 8192 for 1e8 items (TorchEasyRec) is 5,500; 3 x 256 for 12 k is 1,400
+CELLS_NEEDED = 10  # cells an item without which small catalogues collide, however few items a code has
 
 BETTER = {  # metric -> +1 where higher is better
     "collision_above_floor": -1,
@@ -56,10 +57,16 @@ def judge(use: SidUse, *, floor: float = 0.0) -> list[Finding]:
 
 
 def advise_sizes(items: int, *, levels: int = 3) -> tuple[int, ...]:
-    """Level sizes for N items: a power of two with 1,000 cells an item, never under 39 items a code."""
-    wanted = math.ceil(math.log2((CELLS_PER_ITEM * max(items, 1)) ** (1 / levels)))
-    affordable = int(math.log2(max(items // POINTS_PER_CODE, 2)))
-    return (2 ** max(1, min(wanted, affordable, 16)),) * levels
+    """Level sizes for N items: a power of two with 1,000 cells an item.
+
+    Fewer where a code would have under 39 items, but 10 cells an item at least.
+    """
+
+    def bits(cells: int) -> int:
+        return math.ceil(math.log2((cells * max(items, 1)) ** (1 / levels)))
+
+    affordable = max(int(math.log2(max(items // POINTS_PER_CODE, 2))), bits(CELLS_NEEDED))
+    return (2 ** max(1, min(bits(CELLS_PER_ITEM), affordable, 16)),) * levels
 
 
 def compare(ours: Mapping[str, float], theirs: Mapping[str, float]) -> list[dict[str, Any]]:
@@ -83,8 +90,8 @@ def _collapsed(number: int, level: LevelUse) -> Finding | None:
         "collapsed",
         f"level {number} has perplexity {level.perplexity:.1f} of {level.codes} codes, "
         f"its fullest holds {level.largest_share:.1%} of the items",
-        "k-means: init = 'progressive', or more rows to fit on, and look for items with one and the same "
-        "vector; RQ-VAE: init = 'kmeans', dead_below = 0.5, sinkhorn = true",
+        "k-means: init = 'progressive' (the default), or more rows to fit on, and look for items with one "
+        "and the same vector; RQ-VAE: init = 'kmeans', dead_below = 0.5, sinkhorn = true",
     )
 
 
@@ -127,11 +134,13 @@ def _crowded(use: SidUse, floor: float) -> Finding | None:
     above = use.collision_rate - floor
     if above <= CROWDED:
         return None
-    sizes = " x ".join(str(size) for size in advise_sizes(use.items, levels=len(use.levels)))
+    advised = advise_sizes(use.items, levels=len(use.levels))
+    larger = math.prod(advised) > math.prod(level.codes for level in use.levels)
+    sizes = f", or sizes {' x '.join(map(str, advised))}" if larger else ""
     return Finding(
         "crowded",
         f"{above:.1%} of the items collide beyond duplicates, {use.largest_sid} on one SID",
-        f"a collision policy (suffix, capacity, optimal), one level more, or sizes {sizes}",
+        f"a collision policy (suffix, capacity, optimal), one level more{sizes}",
     )
 
 

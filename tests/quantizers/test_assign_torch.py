@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,9 +11,10 @@ import torch
 
 from prerank_tools.quantizers import assign_levels
 from prerank_tools.quantizers import assign_torch as gpu
-from prerank_tools.quantizers.assign import assign_exact
+from prerank_tools.quantizers.assign import assign_exact, nearest
 from prerank_tools.quantizers.assign_settle import measure_all
-from prerank_tools.quantizers.kmeans_torch import kmeans_torch
+from prerank_tools.quantizers.kmeans_progressive import kmeans_progressive
+from prerank_tools.quantizers.kmeans_torch import axes_steps, kmeans_torch
 
 
 def hard(
@@ -95,6 +97,71 @@ def test_kmeans_lowers_the_error_repeats_and_fills_empty_codes() -> None:
     assert ((x_ND - one_KD[code_N]) ** 2).sum(1).mean() < 0.1
     same_KD, _ = kmeans_torch(np.repeat(x_ND[:2], 20, axis=0), 4, iterations=5, seed=0, device="cpu")
     assert np.isfinite(same_KD).all()
+
+
+def sets() -> dict[str, np.ndarray]:
+    """Vectors of many kinds, clustered, without structure, off the origin, with heavy tails or outliers."""
+    rng = np.random.default_rng(0)
+    noise = rng.standard_normal((4_000, 32))
+    clusters = rng.standard_normal((60, 32))[rng.integers(0, 60, 4_000)] + 0.4 * noise
+    long = clusters.copy()
+    long[::50] *= 3
+    return {
+        "clusters": clusters,
+        "noise": noise,
+        "spectrum": noise / np.arange(1, 33) + 0.7,
+        "tails": rng.standard_t(3, (4_000, 32)),
+        "outliers": long,
+        "few rows": rng.standard_normal((300, 48)) / np.sqrt(np.arange(1, 49)),
+    }
+
+
+@pytest.mark.parametrize("name", list(sets()))
+def test_a_progressive_start_is_that_of_faiss(name: str) -> None:
+    x_ND = sets()[name].astype(np.float32)
+    found: dict[str, list[tuple[float, float]]] = {"torch": [], "faiss": []}
+    for seed in range(3):
+        ways = {
+            "torch": partial(kmeans_torch, device="cpu", init="progressive"),
+            "faiss": partial(kmeans_progressive, threads=1),
+        }
+        for way, fit in ways.items():
+            r_ND, full = x_ND, 32.0
+            for _ in range(3):
+                c_KD, code_N = fit(r_ND, 32, iterations=10, seed=seed)
+                r_ND = r_ND - c_KD[code_N]
+                share_K = np.bincount(code_N, minlength=32) / len(r_ND) + 1e-12
+                full = min(full, float(np.exp(-(share_K * np.log(share_K)).sum())))
+            found[way].append((float((r_ND**2).sum()), full))
+    error, full = np.median(found["torch"], axis=0) / np.median(found["faiss"], axis=0)
+    assert error == pytest.approx(1, abs=0.02)
+    assert full == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 24, 384, 512])
+def test_axes_grow_to_all_of_them(dims: int) -> None:
+    steps = axes_steps(dims)
+    assert steps[-1] == dims and len(steps) == min(10, dims)
+    assert steps == sorted(steps) and steps[0] >= 1
+
+
+@pytest.mark.parametrize("init", ["random", "progressive"])
+@pytest.mark.parametrize("shape", [(60, 1), (16, 4), (20, 64)])
+def test_kmeans_of_odd_shapes(shape: tuple[int, int], init: Any) -> None:
+    x_ND = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    for vectors_ND in (x_ND, np.ones_like(x_ND)):
+        c_KD, code_N = kmeans_torch(vectors_ND, 16, iterations=5, seed=0, device="cpu", init=init)
+        assert np.isfinite(c_KD).all() and code_N.shape == (len(x_ND),)
+
+
+@pytest.mark.gpu
+def test_a_progressive_start_on_the_card_repeats() -> None:
+    x_ND = sets()["spectrum"].astype(np.float32)
+    one, two = (kmeans_torch(x_ND, 64, iterations=5, seed=0, device="cuda", init="progressive") for _ in "ab")
+    np.testing.assert_array_equal(one[0], two[0])
+    on_cpu, _ = kmeans_torch(x_ND, 64, iterations=5, seed=0, device="cpu", init="progressive")
+    error = [((x_ND - c_KD[nearest(x_ND, c_KD)]) ** 2).sum() for c_KD in (one[0], on_cpu)]
+    assert error[0] == pytest.approx(error[1], rel=0.02)
 
 
 @pytest.mark.gpu

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import faiss
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from prerank_tools.errors import ContractError
 from prerank_tools.quantizers.assign import assign_exact
 from prerank_tools.quantizers.codebook import Quantizer, quantizer_of
 from prerank_tools.quantizers.rkmeans import RKMeans, fitting_size
+from prerank_tools.quantizers.sid_metrics import SidCounts
 
 
 def vectors(rows: int = 4_000, dims: int = 24, seed: int = 0) -> np.ndarray:
@@ -50,7 +53,7 @@ def test_codes_are_those_of_a_plain_faiss_loop_and_of_float64(
     monkeypatch.setattr("prerank_tools.quantizers.assign.SMALL_WORK", small_work)
     x_ND = vectors()
     codebooks, codes_NL = plain_faiss(x_ND, sizes, 12, 7)
-    ours = RKMeans(sizes=sizes, iterations=12).fit(x_ND, seed=7)
+    ours = RKMeans(sizes=sizes, iterations=12, init="random").fit(x_ND, seed=7)
     for mine_KD, theirs_KD in zip(ours.codebooks, codebooks, strict=True):
         np.testing.assert_array_equal(mine_KD, theirs_KD)
     found_NL = ours.encode(x_ND)
@@ -64,13 +67,50 @@ def test_codes_are_those_of_a_plain_faiss_loop_and_of_float64(
     assert len(differing) <= 2
 
 
-def test_fit_repeats_and_does_not_depend_on_threads() -> None:
-    x_ND = vectors(2_000)
-    one = RKMeans(sizes=(32, 32), iterations=5).fit(x_ND, seed=3, threads=1)
-    two = RKMeans(sizes=(32, 32), iterations=5).fit(x_ND, seed=3, threads=2)
+@pytest.mark.parametrize("init", ["random", "progressive"])
+@pytest.mark.parametrize(("rows", "dims"), [(2_000, 24), (2_000, 200), (90, 200)])
+def test_fit_repeats_and_does_not_depend_on_threads(init: Any, rows: int, dims: int) -> None:
+    x_ND = vectors(rows, dims)
+    one = RKMeans(sizes=(32, 32), iterations=5, init=init).fit(x_ND, seed=3, threads=1)
+    two = RKMeans(sizes=(32, 32), iterations=5, init=init).fit(x_ND, seed=3, threads=2)
     assert one.to_codebook().fingerprint == two.to_codebook().fingerprint
-    other = RKMeans(sizes=(32, 32), iterations=5).fit(x_ND, seed=4)
+    other = RKMeans(sizes=(32, 32), iterations=5, init=init).fit(x_ND, seed=4)
     assert other.to_codebook().fingerprint != one.to_codebook().fingerprint
+
+
+def test_no_level_collapses_where_every_level_from_the_same_rows_does() -> None:
+    # As benchmarks/generate.py makes them: noise around many centres.
+    rng = np.random.default_rng(0)
+    x_ND = (rng.standard_normal((1_000, 256)))[rng.integers(0, 1_000, 6_000)]
+    x_ND = (x_ND + 0.6 * rng.standard_normal(x_ND.shape)).astype(np.float32)
+    lowest = {}
+    for init in ("progressive", "random"):
+        fitted = RKMeans(sizes=(64, 64, 64), iterations=10, init=init).fit(x_ND)  # type: ignore[arg-type]
+        counts = SidCounts(fitted.sizes)
+        counts.update(fitted.encode(x_ND))
+        lowest[init] = min(level.perplexity for level in counts.finalize().levels)
+    assert RKMeans().init == "progressive"
+    assert lowest["random"] < 64 / 4 < 64 / 2 < lowest["progressive"]
+
+
+@pytest.mark.parametrize("init", ["random", "progressive"])
+@pytest.mark.parametrize(
+    "x_ND",
+    [
+        np.random.default_rng(0).standard_normal((60, 1)),
+        np.random.default_rng(0).standard_normal((16, 4)),
+        np.random.default_rng(0).standard_normal((20, 64)),
+        np.outer(np.arange(50.0), np.ones(8)),
+        np.zeros((40, 8)),
+    ],
+    ids=["one dim", "as many codes as rows", "fewer rows than dims", "one axis", "zeros"],
+)
+def test_odd_shapes_fit(x_ND: np.ndarray, init: Any) -> None:
+    x_ND = x_ND.astype(np.float32)
+    fitted = RKMeans(sizes=(16, 16), iterations=5, init=init).fit(x_ND)
+    assert all(np.isfinite(codebook_KD).all() for codebook_KD in fitted.codebooks)
+    left_ND = x_ND - fitted.decode(fitted.encode(x_ND))
+    assert (left_ND**2).sum() <= 0.5 * (x_ND**2).sum()
 
 
 def test_each_level_lowers_the_error_and_decode_inverts_encode() -> None:

@@ -131,7 +131,7 @@ def test_untrained_rkmeans_plus_is_rkmeans() -> None:
     net = RQVAENet(RKMeansPlusConfig(sizes=(16, 16)), 24, skip=True)
     plus = RKMeansPlus(RKMeansPlusConfig(sizes=(16, 16)), net)
     plus._init_codebooks(torch.from_numpy(x), seed=0, threads=1)
-    plain = RKMeans(sizes=(16, 16), init="progressive").fit(x, seed=0, threads=1)
+    plain = RKMeans(sizes=(16, 16)).fit(x, seed=0, threads=1)
     codes = plus.encode(x, threads=1)
     np.testing.assert_array_equal(codes, plain.encode(x))
     np.testing.assert_allclose(plus.decode(codes), plain.decode(codes), atol=1e-6)
@@ -154,7 +154,7 @@ def test_rkmeans_plus_lowers_the_error_it_began_with() -> None:
     train = RKMeansPlusTraining(epochs=10, batch_size=128, lr=3e-3, weight_decay=1e-4)
     config = RKMeansPlusConfig(sizes=(16, 16), hidden=(64,), train=train)
     errors = []
-    for fitted in (RKMeans(sizes=(16, 16), init="progressive"), RKMeansPlus(config)):
+    for fitted in (RKMeans(sizes=(16, 16)), RKMeansPlus(config)):
         error = Reconstruction()
         error.update(x, fitted.fit(x, seed=0, threads=1).decode(fitted.encode(x)))
         errors.append(error.finalize()["relative_error"])

@@ -57,12 +57,22 @@ def test_crowded_is_judged_above_the_floor() -> None:
     rng = np.random.default_rng(0)
     codes = np.repeat(np.stack([skewed(rng, 2_000, 64) for _ in range(2)], axis=1), 2, axis=0)
     assert "crowded" in verdicts(codes, (64,) * 2)
+    small = np.repeat(np.arange(40) % 16, 2)[:, None]
+    assert [advice_of(small, (size,)) for size in (16, 1_024)] == [True, False]
     assert "crowded" not in verdicts(codes, (64,) * 2, floor=0.95)
+
+
+def advice_of(codes: np.ndarray, sizes: tuple[int, ...]) -> bool:
+    """Whether a crowded catalogue is told of sizes, which must be larger than its own."""
+    counts = SidCounts(sizes)
+    counts.update(codes)
+    (finding,) = [finding for finding in judge(counts.finalize()) if finding.verdict == "crowded"]
+    return "sizes" in finding.advice
 
 
 @pytest.mark.parametrize(
     ("items", "sizes"),
-    [(12_101, (256,) * 3), (100_000_000, (8192,) * 3), (1_000_000, (1024,) * 3), (50, (2,) * 3)],
+    [(12_101, (256,) * 3), (100_000_000, (8192,) * 3), (1_000_000, (1024,) * 3), (81, (16,) * 3)],
 )
 def test_size_advice(items: int, sizes: tuple[int, ...]) -> None:
     assert advise_sizes(items) == sizes

@@ -57,6 +57,9 @@ def test_a_missing_tensorboard_is_named_with_its_pip_line(
     x = pl.Series([[float(n % 7), float(n % 5), 1.0] for n in range(64)], dtype=pl.Array(pl.Float32, 3))
     pl.DataFrame({"item_id": range(64), "embedding": x}).write_parquet(tmp_path / "emb.parquet")
     line = ["train", "quantizer", str(tmp_path / "emb.parquet"), "-o", str(tmp_path / "codebook")]
-    assert call([*line, "--tensorboard", str(tmp_path / "board")]) == 2
+    line += ["--tensorboard", str(tmp_path / "board")]
+    assert call(line) == 2
+    assert "rkmeans has no training to draw" in capsys.readouterr().err
+    assert call([*line, "--quantizer", "rqvae"]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == "hint: pip install 'prerank[tensorboard]'"
     assert not (tmp_path / "codebook").exists() and not (tmp_path / "board").exists()
