@@ -24,7 +24,7 @@ from prerank_tools.encoders.tower import (
     resolve_precision,
 )
 from prerank_tools.encoders.turns import turn_on
-from prerank_tools.encoders.word_table import WordTable
+from prerank_tools.encoders.word_frames import WordTable
 
 Pooling = Literal["mean", "cls", "last"]
 WINDOW = 8192

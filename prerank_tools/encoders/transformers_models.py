@@ -21,7 +21,7 @@ from prerank_tools.encoders.preprocessing import pixel_values, split
 from prerank_tools.encoders.settings import ImageConfig, TextConfig
 from prerank_tools.encoders.text import Pooling, TextTower, Tokenizer
 from prerank_tools.encoders.tower import Tower
-from prerank_tools.encoders.word_table import WordTable
+from prerank_tools.encoders.word_frames import WordTable
 from prerank_tools.errors import ContractError
 
 OFFLINE = {"local_files_only": True, "trust_remote_code": False}

@@ -119,8 +119,9 @@ class RQVAE:
         net = self._net().double().to(device)
         try:
             with torch.no_grad():
-                parts = (torch.from_numpy(rows[at : at + BLOCK]) for at in range(0, len(rows), BLOCK))
-                blocks = [getattr(net, method)(part.to(device).double()).float().cpu() for part in parts]
+                # Copies: the rows may be mapped from a file, which torch would warn of.
+                parts = (rows[at : at + BLOCK].astype(np.float64) for at in range(0, len(rows), BLOCK))
+                blocks = [getattr(net, method)(torch.from_numpy(p).to(device)).float().cpu() for p in parts]
         finally:
             net.float().cpu()
         return torch.cat(blocks).numpy() if blocks else np.zeros((0, self.config.code_dim), dtype=np.float32)

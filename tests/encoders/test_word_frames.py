@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer
 
-from prerank_tools.encoders import word_table
+from prerank_tools.encoders import word_frames
 from prerank_tools.encoders.batches import Tokens
 from prerank_tools.encoders.model_folder import find_model
 from prerank_tools.encoders.transformers_models import load_tokenizer
-from prerank_tools.encoders.word_table import WORD_BYTES, WordTable
+from prerank_tools.encoders.word_frames import WORD_BYTES, WordTable
 from tests.encoders import tiny_models
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -250,7 +250,7 @@ def test_what_does_not_work_by_words_is_left_to_the_library(what: str) -> None:
 
 
 def test_the_trial_refuses_what_settings_do_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(word_table, "frame_of", lambda post: ([2], []))
+    monkeypatch.setattr(word_frames, "frame_of", lambda post: ([2], []))
     assert WordTable.of(tokenizer_named("added words")) is None
 
 
