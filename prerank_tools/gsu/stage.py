@@ -18,7 +18,7 @@ from prerank_tools.gsu.frames import Search, flat_requests, search_of
 from prerank_tools.gsu.modes import topk_by_ids, topk_by_prefix
 from prerank_tools.gsu.output_frames import LIST_COLUMNS, TIER_COLUMNS, Emit, gsu_frame
 from prerank_tools.gsu.search import TopK, topk
-from prerank_tools.gsu.shard_rows import bucket_rows, candidates_of, events_of, log_of, requests_of
+from prerank_tools.gsu.shard_frames import bucket_rows, candidates_of, events_of, log_of, requests_of
 from prerank_tools.gsu.simtier import TIERS
 from prerank_tools.gsu.two_step import Index, Recall, TwoStepConfig, topk_two_step
 from prerank_tools.gsu.vector_frames import (
