@@ -31,6 +31,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 import generate
 
+from prerank_tools.heaps import share_heaps
+
 ITEMS = 100_000  # the catalogue behind events and requests
 AS_OF = generate.START + generate.DAYS * generate.DAY
 QUICK = "[train.user]\nmax_events = 64\n[train.user.training]\nepochs = 1\n"
@@ -57,6 +59,7 @@ def main() -> None:
     if sys.argv[1:2] == ["--work"]:
         work(sys.argv[2:])
         return
+    share_heaps()  # and so the processes that are measured, as those of the command line
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=Path("scale_data"))
     parser.add_argument("--sizes", type=int, nargs="+", default=[1_000_000, 10_000_000])

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from prerank_tools.errors import PrerankError
+from prerank_tools.heaps import share_heaps
 from prerank_tools.version import VERSION
 
 from . import console, data, demo, embed, evaluate, export, gsu, inspection, quantize, score, train
@@ -38,6 +39,7 @@ class Terminated(BaseException):
 
 def main(words: Sequence[str] | None = None) -> None:
     """Run one command line and exit with its code."""
+    share_heaps()
     signal.signal(signal.SIGTERM, _terminate)
     sys.exit(call(sys.argv[1:] if words is None else words))
 
