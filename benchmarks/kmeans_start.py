@@ -27,6 +27,8 @@ def main() -> None:
     import faiss
     import torch
 
+    from prerank_tools.run.manifest import cpu_model
+
     words = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     words.add_argument("--device", default="cpu")
     words.add_argument("--threads", type=int, default=2)
@@ -40,7 +42,7 @@ def main() -> None:
         f"`{' '.join(['python', *sys.argv])}`",
         "",
         f"{time.strftime('%Y-%m-%d')}; python {platform.python_version()}, torch {torch.__version__}, faiss "
-        f"{faiss.__version__}, numpy {np.__version__}; {processor()}, {os.cpu_count()} cores, {args.threads} "
+        f"{faiss.__version__}, numpy {np.__version__}; {cpu_model()}, {os.cpu_count()} cores, {args.threads} "
         f"threads{card}.",
         f"RQ-KMeans, 3 x 256, 25 iterations, seeds 0 to {args.repeats - 1}: medians, the starts in turn. "
         "Error: sum of squares left, over that of the vectors; perplexity by level, the lowest of all seeds.",
@@ -72,20 +74,16 @@ def fit(
 ) -> tuple[float, list[float], float]:
     """(relative error, perplexity by level, seconds) of one fit."""
     from prerank_tools.quantizers.rkmeans import RKMeans
+    from prerank_tools.quantizers.sid_metrics import SidCounts
 
     began = time.perf_counter()
     fitted = RKMeans(sizes=SIZES, init=init).fit(x_ND, seed=seed, threads=threads, device=device)  # type: ignore[arg-type]
     seconds = time.perf_counter() - began
     codes_NL = fitted.encode(x_ND, threads=threads, device=device)
     left = ((x_ND - fitted.decode(codes_NL)) ** 2).sum(dtype=np.float64) / (x_ND**2).sum(dtype=np.float64)
-    return float(left), [perplexity(code_N) for code_N in codes_NL.T], seconds
-
-
-def perplexity(code_N: np.ndarray) -> float:
-    """Codes in even use that would have the same entropy."""
-    share_K = np.bincount(code_N) / len(code_N)
-    share_K = share_K[share_K > 0]
-    return float(np.exp(-(share_K * np.log(share_K)).sum()))
+    counts = SidCounts(SIZES)
+    counts.update(codes_NL)
+    return float(left), [level.perplexity for level in counts.finalize().levels], seconds
 
 
 def generated(rows: int, dims: int) -> np.ndarray:
@@ -103,13 +101,6 @@ def spectrum(rows: int, dims: int) -> np.ndarray:
     )
     x_ND[::50] *= 3
     return x_ND @ np.linalg.qr(rng.standard_normal((dims, dims)))[0].astype(np.float32)
-
-
-def processor() -> str:
-    """Its name."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.machine())
 
 
 if __name__ == "__main__":

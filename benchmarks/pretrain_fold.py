@@ -12,7 +12,7 @@ import numpy as np
 import polars as pl
 import torch
 
-from prerank_tools.encoders.pair_batches import FeatureContents, FeatureEncoder, PairRows, retrieval
+from prerank_tools.encoders.pair_batches import FeatureContents, FeatureEncoder, PairRows, retrieval_metrics
 from prerank_tools.encoders.word_dropout import VARIANTS, shortened
 
 CANDIDATES = 500
@@ -121,8 +121,8 @@ class Fold:
             "knn text": contents.inputs(self.unseen + len(self.text_ND)),
             "knn image": contents.inputs(self.unseen, hidden),
         }
-        found = {f"i2t {name}": value for name, value in retrieval(image, title).items()}
-        found |= {f"t2i {name}": value for name, value in retrieval(title, image).items()}
+        found = {f"i2t {name}": value for name, value in retrieval_metrics(image, title).items()}
+        found |= {f"t2i {name}": value for name, value in retrieval_metrics(title, image).items()}
         return found | {name: self.same_type(encoder(inputs)) for name, inputs in by_part.items()}
 
     def same_type(self, x_ND: torch.Tensor, rows: np.ndarray | None = None) -> float:

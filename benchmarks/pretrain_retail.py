@@ -25,7 +25,7 @@ from pretrain_data import frozen_features, interval, machine
 from prerank_tools.data.pair_stage import Pairs
 from prerank_tools.encoders.fusion import FusionConfig, build_fusion
 from prerank_tools.encoders.moco import SclConfig
-from prerank_tools.encoders.pair_batches import FeatureContents, FeatureEncoder, PairRows, retrieval
+from prerank_tools.encoders.pair_batches import FeatureContents, FeatureEncoder, PairRows, retrieval_metrics
 from prerank_tools.encoders.pretrain import EncoderTraining, FusionShape, Split, TrainEncoderConfig, pretrain
 from prerank_tools.run.job import RunOptions, run
 
@@ -194,7 +194,7 @@ def one_per_group(rows: np.ndarray, group_of: np.ndarray) -> np.ndarray:
 
 def ranked(scores_NN: torch.Tensor) -> dict[str, float]:
     """`retrieval` on scores instead of vectors."""
-    return retrieval(scores_NN, torch.eye(len(scores_NN)))
+    return retrieval_metrics(scores_NN, torch.eye(len(scores_NN)))
 
 
 def page(runs: Mapping[str, Any], seeds: int, items: pl.DataFrame, pairs: pl.DataFrame, threads: int) -> str:

@@ -8,7 +8,7 @@ from pretrain_fold import CANDIDATES, Fold
 from torch.nn.functional import normalize
 
 from prerank_tools.encoders.fusion import concat_unit
-from prerank_tools.encoders.pair_batches import retrieval
+from prerank_tools.encoders.pair_batches import retrieval_metrics
 
 WEIGHTS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 LAMBDAS = (0.03, 0.1, 0.3, 1.0, 3.0)
@@ -26,11 +26,13 @@ def linear_map(fold: Fold) -> dict[str, float]:
         solved = torch.linalg.solve(x.T @ x + weight * torch.eye(x.shape[1], dtype=x.dtype), x.T @ y)
         return normalize((image[test] - mean_image) @ solved, dim=1), normalize(text[test] - mean_text, dim=1)
 
-    best = max(LAMBDAS, key=lambda weight: retrieval(*score(inner_fit, inner, weight))["recall@10"])
+    best = max(LAMBDAS, key=lambda weight: retrieval_metrics(*score(inner_fit, inner, weight))["recall@10"])
     mapped, titles = score(fold.fit, fold.test, best)
-    found = {f"i2t {name}": value for name, value in retrieval(mapped, titles).items()}
+    found = {f"i2t {name}": value for name, value in retrieval_metrics(mapped, titles).items()}
     return (
-        found | {f"t2i {name}": value for name, value in retrieval(titles, mapped).items()} | {"lambda": best}
+        found
+        | {f"t2i {name}": value for name, value in retrieval_metrics(titles, mapped).items()}
+        | {"lambda": best}
     )
 
 

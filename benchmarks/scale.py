@@ -31,7 +31,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 import generate
 
-from prerank_tools.heaps import share_heaps
+from prerank_tools.run.heaps import share_heaps
 
 ITEMS = 100_000  # the catalogue behind events and requests
 AS_OF = generate.START + generate.DAYS * generate.DAY

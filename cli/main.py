@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from prerank_tools.errors import PrerankError
-from prerank_tools.heaps import share_heaps
+from prerank_tools.run.heaps import share_heaps
 from prerank_tools.version import VERSION
 
 from . import console, data, demo, embed, evaluate, export, gsu, inspection, quantize, score, train

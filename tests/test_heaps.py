@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from prerank_tools.heaps import share_heaps
+from prerank_tools.run.heaps import share_heaps
 
 SCRIPT = """
 import ctypes, os, re, sys, threading
-from prerank_tools.heaps import share_heaps
+from prerank_tools.run.heaps import share_heaps
 if sys.argv[1] == "shared":
     share_heaps()
 together = threading.Barrier(6)

@@ -221,7 +221,7 @@ class PairBatches:
         return by_category
 
 
-def retrieval(query_ND: Tensor, item_ND: Tensor) -> dict[str, float]:
+def retrieval_metrics(query_ND: Tensor, item_ND: Tensor) -> dict[str, float]:
     """Acc@1, Acc@5 and recall@10 of each query's own item among all N; a tie with another counts half."""
     scores_NN = query_ND @ item_ND.T
     own_N = scores_NN.diagonal()[:, None]

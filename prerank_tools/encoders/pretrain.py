@@ -17,7 +17,13 @@ from torch import Tensor, nn
 from prerank_tools.encoders.fusion import Kind
 from prerank_tools.encoders.moco import Scl, SclConfig, bank_size
 from prerank_tools.encoders.neighbours import NeighbourConfig, NeighbourTerm, neighbour_space
-from prerank_tools.encoders.pair_batches import Contents, FeatureContents, PairBatches, PairRows, retrieval
+from prerank_tools.encoders.pair_batches import (
+    Contents,
+    FeatureContents,
+    PairBatches,
+    PairRows,
+    retrieval_metrics,
+)
 from prerank_tools.encoders.settings import ImageConfig, TextConfig
 from prerank_tools.encoders.tuning import Tune
 from prerank_tools.training.loop import TrainConfig, TrainResult, train
@@ -181,7 +187,7 @@ def evaluate(encoder: nn.Module, contents: Contents, pairs: PairRows) -> dict[st
     device = next(encoder.parameters()).device
     query = encode(encoder, contents, pairs.query_P, device=device)
     item = encode(encoder, contents, pairs.item_P, text_C=pairs.item_text_P, device=device)
-    return retrieval(query, item)
+    return retrieval_metrics(query, item)
 
 
 @torch.no_grad()

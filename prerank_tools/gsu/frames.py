@@ -47,9 +47,9 @@ def flat_requests(requests: pl.DataFrame) -> pl.DataFrame:
         requests = listed.explode("item_id")
     asked = requests.select("request_id", "user_id", "timestamp", "item_id").drop_nulls()
     asked = asked.sort("request_id", "item_id", maintain_order=True)
-    pair = [asked[name] for name in ("request_id", "item_id")]
-    again = [(column == column.shift()).fill_null(False) for column in pair]
-    return asked.filter(~(again[0] & again[1]))
+    # In order, the same pair again follows itself: no table of all pairs is needed.
+    again = pl.all_horizontal(pl.col(name) == pl.col(name).shift() for name in ("request_id", "item_id"))
+    return asked.filter(~again.fill_null(False))
 
 
 def search_of(asked: pl.DataFrame, events: pl.DataFrame, *, lag: int = 0) -> Search:

@@ -52,7 +52,7 @@ def stored_bits(table_VD: np.ndarray) -> np.ndarray:
 def past_of(table_VD: np.ndarray, groups: Groups, group: int) -> Past:
     """The history of a group, its norms taken and counted."""
     rows_n = groups.history_rows_N[groups.history_offsets[group] : groups.history_offsets[group + 1]]
-    past = Past(rows_n, _inverses(table_VD, rows_n), np.zeros(len(rows_n) + 1, dtype=np.int64))
+    past = Past(rows_n, inverses_of(table_VD, rows_n), np.zeros(len(rows_n) + 1, dtype=np.int64))
     count_vectors(past)
     return past
 
@@ -81,7 +81,7 @@ def finish_block(
 ) -> None:
     """Rows `first` .. `last` of `found`, from their shortlists; all of `past` for those that have none."""
     k = found.positions_MK.shape[1]
-    inverse_C = _inverses(table_VD, groups.candidate_rows_M[first:last])
+    inverse_C = inverses_of(table_VD, groups.candidate_rows_M[first:last])
     exact_1B = np.zeros((1, lists.ids_CB.shape[1] + LANES))
     above_1B = np.empty(exact_1B.shape, dtype=np.int64)
     candidate_1D = np.empty((1, table_VD.shape[1]))
@@ -207,7 +207,7 @@ def _recent(
 
 
 @kernel
-def _inverses(table_VD: np.ndarray, rows_n: np.ndarray) -> np.ndarray:
+def inverses_of(table_VD: np.ndarray, rows_n: np.ndarray) -> np.ndarray:
     inverse_n = np.empty(len(rows_n), dtype=np.float64)
     for i in range(len(rows_n)):
         inverse_n[i] = inverse_norm(table_VD, rows_n[i])
@@ -216,7 +216,7 @@ def _inverses(table_VD: np.ndarray, rows_n: np.ndarray) -> np.ndarray:
 
 @kernel
 def _cosines_at(table_VD: np.ndarray, groups: Groups, group_M: np.ndarray, found: TopK) -> None:
-    inverse_M = _inverses(table_VD, groups.candidate_rows_M)
+    inverse_M = inverses_of(table_VD, groups.candidate_rows_M)
     candidate_1D = np.empty((1, table_VD.shape[1]))
     for m in range(len(group_M)):
         if m == 0 or group_M[m] != group_M[m - 1]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 
 from prerank_tools.compiled import kernel
-from prerank_tools.gsu.rank import Past, inverse_norm, order_best, past_of
+from prerank_tools.gsu.rank import Past, inverses_of, order_best, past_of
 from prerank_tools.gsu.search import Groups, TopK
 from prerank_tools.gsu.simd import LANES, count_reaching, lane_dots_4x2, widen_row
 from prerank_tools.gsu.simtier import PAD_SIM
@@ -37,7 +37,6 @@ def search_short(
     room = (longest + LANES - 1) // LANES * LANES
     behaviors_nD = np.empty((room, table_VD.shape[1]))
     candidates_CD = np.zeros((TILE, table_VD.shape[1]))
-    inverse_C = np.empty(TILE)
     sims_Cn = np.empty((TILE, room))
     exact_1B, above_1B = np.empty((1, room + LANES)), np.empty((1, room + LANES), dtype=np.int64)
     ids_B = np.empty(room + LANES, dtype=np.int32)
@@ -47,7 +46,7 @@ def search_short(
         for first in range(first_T[t], last_T[t], TILE):
             last = min(first + TILE, last_T[t])
             rows_C = groups.candidate_rows_M[first:last]
-            _inverse_norms(table_VD, rows_C, inverse_C)
+            inverse_C = inverses_of(table_VD, rows_C)
             _widen(table_VD, rows_C, inverse_C, candidates_CD)
             seen = groups.visible_M[first:last].max()
             for i in range(0, seen, 4):
@@ -67,12 +66,6 @@ def search_short(
                         found,
                         m,
                     )
-
-
-@kernel(inlined=True)
-def _inverse_norms(table_VD: np.ndarray, rows_C: np.ndarray, inverse_C: np.ndarray) -> None:
-    for c in range(len(rows_C)):
-        inverse_C[c] = inverse_norm(table_VD, rows_C[c])
 
 
 @kernel(inlined=True)

@@ -35,10 +35,10 @@ def candidates_of(ctx: Context) -> int:
 
 def bucket_rows(ctx: Context) -> None:
     """Bucket a log and requests that do not lie in buckets of users, on disk."""
-    log = log_of(ctx).source
+    log = log_of(ctx)
     asked = bucket_requests(ctx.table("requests"), log.buckets)
     for role, source, blocks in (
-        ("events", log, blocks_of(log.table, _event_columns(ctx))),
+        ("events", log.source, blocks_of(log.table, log.names())),
         ("requests", asked, blocks_of_requests(asked.table, _request_columns(ctx))),
     ):
         if not source.partitioned:
@@ -48,7 +48,8 @@ def bucket_rows(ctx: Context) -> None:
 
 def events_of(shard: Shard, ctx: Context) -> pl.DataFrame:
     """Events of the shard's users, in the order of the files; without those that lack an id or a time."""
-    return _read(log_of(ctx).source, "events", shard, _event_columns(ctx), ctx).drop_nulls(ORDER)
+    log = log_of(ctx)
+    return _read(log.source, "events", shard, log.names(), ctx).drop_nulls(ORDER)
 
 
 def requests_of(shard: Shard, ctx: Context) -> tuple[pl.DataFrame, pl.DataFrame]:
@@ -68,10 +69,6 @@ def requests_of(shard: Shard, ctx: Context) -> tuple[pl.DataFrame, pl.DataFrame]
 def _read(source: Bucketed, role: str, shard: Shard, columns: list[str], ctx: Context) -> pl.DataFrame:
     runs, bucket = ctx.scratch / role, shard.extra["bucket"]  # no runs for a trial of few shards
     return spilled(runs, bucket) if runs.exists() else source.read(bucket, columns)
-
-
-def _event_columns(ctx: Context) -> list[str]:
-    return [*ORDER, *({"ingested_at"} & set(ctx.table("events").schema))]
 
 
 def _request_columns(ctx: Context) -> list[str]:

@@ -54,15 +54,16 @@ class EventLog:
         frame = frame.drop_nulls(ORDER)
         if not self.source.partitioned or len(self.source.parts_of(bucket)) > 1:
             frame = sort_rows(frame, ORDER)
-        return frame if columns is None else frame.select(self._names(columns))
+        return frame if columns is None else frame.select(self.names(columns))
 
     def _whole(self, bucket: int, columns: Sequence[str] | None) -> pl.DataFrame:
         # Rows that agree in the sort key are told apart by the other columns: when parts are to be merged,
         # all columns are needed for an order that does not depend on the night a row came in.
         merged = not self.source.partitioned or len(self.source.parts_of(bucket)) > 1
-        return self.source.read(bucket, None if merged or columns is None else self._names(columns))
+        return self.source.read(bucket, None if merged or columns is None else self.names(columns))
 
-    def _names(self, columns: Sequence[str]) -> list[str]:
+    def names(self, columns: Sequence[str] = ()) -> list[str]:
+        """`columns` after those that always come along."""
         late = ["ingested_at"] if "ingested_at" in self.table.schema else []
         return list(dict.fromkeys([*ORDER, *late, *columns]))
 

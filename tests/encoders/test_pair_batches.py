@@ -9,7 +9,13 @@ import polars as pl
 import pytest
 import torch
 
-from prerank_tools.encoders.pair_batches import FeatureContents, PairBatches, PairRows, RawContents, retrieval
+from prerank_tools.encoders.pair_batches import (
+    FeatureContents,
+    PairBatches,
+    PairRows,
+    RawContents,
+    retrieval_metrics,
+)
 from prerank_tools.encoders.pair_frames import read_pairs
 from prerank_tools.encoders.pretrain import split_by_group
 from prerank_tools.errors import ContractError
@@ -82,11 +88,15 @@ def test_raw_contents_pad_tokens_and_leave_out_what_nobody_has() -> None:
 
 def test_retrieval_counts_a_tie_half() -> None:
     items = torch.eye(12)
-    assert retrieval(items, items) == {"acc@1": 1.0, "acc@5": 1.0, "recall@10": 1.0}
+    assert retrieval_metrics(items, items) == {"acc@1": 1.0, "acc@5": 1.0, "recall@10": 1.0}
     # Every score equal: the expected rank is the middle one, 5.5 of 0..11.
-    assert retrieval(torch.ones(12, 1), torch.ones(12, 1)) == {"acc@1": 0.0, "acc@5": 0.0, "recall@10": 1.0}
+    assert retrieval_metrics(torch.ones(12, 1), torch.ones(12, 1)) == {
+        "acc@1": 0.0,
+        "acc@5": 0.0,
+        "recall@10": 1.0,
+    }
     shifted = items.roll(1, 0)
-    assert retrieval(shifted, items)["acc@1"] == 0.0
+    assert retrieval_metrics(shifted, items)["acc@1"] == 0.0
 
 
 def test_split_keeps_title_groups_whole_and_takes_one_pair_of_each() -> None:
