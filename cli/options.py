@@ -237,9 +237,8 @@ def parse_knobs(model: Any, knobs: Mapping[str, Any]) -> Any:
     except ValidationError as fault:
         first = fault.errors()[0]
         key = ".".join(str(word) for word in first["loc"])
-        raise UsageError(
-            f"config: `{key}`: {first['msg']}", f"keys: {', '.join(model.model_fields)}"
-        ) from fault
+        told = first["msg"].removeprefix("Value error, ")  # pydantic's words before a validator's own
+        raise UsageError(f"config: `{key}`: {told}", f"keys: {', '.join(model.model_fields)}") from fault
 
 
 def _expose(wrapper: Callable[..., Any], function: Callable[..., Any], options: Mapping[str, Any]) -> None:

@@ -27,7 +27,7 @@ def write(path: Path, rows: int) -> Path:
 @pytest.mark.parametrize(
     ("codes", "levels", "told"),
     [
-        (0, 3, "one number from 1 to 65536"),
+        (0, 3, "`codes`: one number from 1 to 65536"),
         ("[8, 0]", 2, "one number from 1 to 65536"),
         (70_000, 3, "one number from 1 to 65536"),
         (64, 12, "need more than 63 bits"),
